@@ -1,0 +1,8 @@
+//! Ponder: LLM inference with budget forcing on hand-written Hopper kernels.
+//!
+//! Two halves that share only [`batch`]: logic (requests, sequences, pages; never sees a device) and compute (devices,
+//! kernels, the model; never sees a request). `engine` is where they meet. See ARCHITECTURE.md.
+
+pub mod error;
+
+pub use error::{Error, Result};
