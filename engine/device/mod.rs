@@ -1,0 +1,263 @@
+//! The device: memory, and launches in stream order. An enum and a `match`; two targets that run the same kernels.
+//!
+//! A launch is a value. CUDA executes it with one `cuLaunchKernelEx`; the host target runs it on the SIMT machine;
+//! capturing records it. After start-up nothing here allocates.
+
+pub mod cuda;
+pub mod host;
+
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU if there is a driver with one, else the host target.
+    Auto,
+    Host,
+    Cuda(u32),
+}
+
+/// A handle that clones cheaply. All work goes into one stream, in order.
+#[derive(Clone)]
+pub struct Device(Arc<Target>);
+
+enum Target {
+    Host(host::HostDevice),
+    Cuda(cuda::CudaDevice),
+}
+
+/// Kernel signatures, erased: what a target needs to run one. Made by `kernels.rs` alone.
+pub struct KernelEntry {
+    /// Symbol in the cubins, NUL-terminated.
+    pub name: &'static std::ffi::CStr,
+    pub threads: u32,
+    pub params_bytes: usize,
+    pub params_align: usize,
+    /// The host target's build of the kernel, and the one with every access checked.
+    pub host: unsafe extern "C" fn(*const std::ffi::c_void),
+    pub checked: unsafe extern "C" fn(*const std::ffi::c_void),
+}
+
+/// One kernel launch, complete.
+#[derive(Clone)]
+pub struct Launch {
+    pub kernel: &'static KernelEntry,
+    pub grid: [u32; 3],
+    /// Blocks per cluster along x; 1 for none.
+    pub cluster: u32,
+    /// Dynamic shared memory, bytes.
+    pub shared_bytes: u32,
+    /// May start before its predecessor has finished (the kernel calls `pdl_wait`).
+    pub pdl: bool,
+    /// The params struct, in 64-byte aligned words.
+    pub params: Box<[AlignedWords]>,
+    /// Device memory that must move at the least, for the report.
+    pub bytes: u64,
+    pub flops: u64,
+}
+
+/// 64 bytes, aligned as the strictest params struct wants.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct AlignedWords(pub [u64; 8]);
+
+/// Device memory. Freed when dropped; the engine drops none while it runs.
+pub struct Buffer {
+    device: Device,
+    address: u64,
+    bytes: usize,
+}
+
+/// Host memory that the device can write (mapped, page-locked, cached).
+pub struct Pinned {
+    device: Device,
+    host: *mut u8,
+    address: u64,
+    bytes: usize,
+}
+
+/// A recorded list of launches.
+pub struct Graph {
+    pub launches: Vec<Launch>,
+    executable: Option<cuda::GraphExec>,
+}
+
+/// A strided bf16 tensor in device memory and the box that TMA moves; innermost dimension first.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMapSpec<const RANK: usize> {
+    pub address: u64,
+    pub dims: [u64; RANK],
+    /// Bytes, of dimension i (entry 0 is the element size and ignored).
+    pub strides: [u64; RANK],
+    /// Elements.
+    pub r#box: [u32; RANK],
+    /// 128-byte swizzle, or none.
+    pub swizzle: bool,
+}
+
+macro_rules! on {
+    ($device:expr, $target:ident => $body:expr) => {
+        match &*$device.0 {
+            Target::Host($target) => $body,
+            Target::Cuda($target) => $body,
+        }
+    };
+}
+
+impl Device {
+    /// # Errors
+    /// No driver or no such GPU where one was asked for; too old a GPU.
+    pub fn open(choice: DeviceChoice) -> Result<Device> {
+        let cuda = |ordinal| cuda::CudaDevice::open(ordinal).map(|d| Device(Arc::new(Target::Cuda(d))));
+        match choice {
+            DeviceChoice::Host => Ok(Device::host(host::HostOptions::default())),
+            DeviceChoice::Cuda(ordinal) => cuda(ordinal),
+            DeviceChoice::Auto if cuda::available() => cuda(0),
+            DeviceChoice::Auto => Ok(Device::host(host::HostOptions::default())),
+        }
+    }
+
+    pub fn host(options: host::HostOptions) -> Device {
+        Device(Arc::new(Target::Host(host::HostDevice::new(options))))
+    }
+
+    pub fn is_host(&self) -> bool {
+        matches!(&*self.0, Target::Host(_))
+    }
+
+    /// For people: "host target, 2 cores" or the GPU's name.
+    pub fn describe(&self) -> String {
+        on!(self, d => d.describe())
+    }
+
+    /// Free and total device memory, bytes.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        on!(self, d => d.memory())
+    }
+
+    /// Streaming multiprocessors (the host target answers with its own small number).
+    pub fn processors(&self) -> u32 {
+        on!(self, d => d.processors())
+    }
+
+    /// Device memory, 1024-byte aligned, contents undefined (NaN on the host target).
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let address = on!(self, d => d.alloc(bytes))?;
+        Ok(Buffer { device: self.clone(), address, bytes })
+    }
+
+    pub fn alloc_pinned(&self, bytes: usize) -> Result<Pinned> {
+        let (host, address) = on!(self, d => d.alloc_pinned(bytes))?;
+        Ok(Pinned { device: self.clone(), host, address, bytes })
+    }
+
+    /// Copies `data` to `buffer[offset..]` in stream order. Returns once `data` may change.
+    pub fn upload(&self, buffer: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        assert!(offset + data.len() <= buffer.bytes, "upload past the end");
+        on!(self, d => d.upload(buffer.address + offset as u64, data))
+    }
+
+    /// Waits for everything before it.
+    pub fn download(&self, buffer: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        assert!(offset + data.len() <= buffer.bytes, "download past the end");
+        on!(self, d => d.download(buffer.address + offset as u64, data))
+    }
+
+    /// Sets bytes in stream order.
+    pub fn fill(&self, buffer: &Buffer, offset: usize, bytes: usize, value: u8) -> Result<()> {
+        assert!(offset + bytes <= buffer.bytes, "fill past the end");
+        on!(self, d => d.fill(buffer.address + offset as u64, bytes, value))
+    }
+
+    /// Enqueues; between [`Device::begin_capture`] and [`Device::end_capture`] records instead.
+    pub fn launch(&self, launch: &Launch) -> Result<()> {
+        on!(self, d => d.launch(launch))
+    }
+
+    pub fn begin_capture(&self) -> Result<()> {
+        on!(self, d => d.begin_capture())
+    }
+
+    pub fn end_capture(&self) -> Result<Graph> {
+        let (launches, executable) = on!(self, d => d.end_capture())?;
+        Ok(Graph { launches, executable })
+    }
+
+    /// Enqueues all launches of a graph.
+    pub fn replay(&self, graph: &Graph) -> Result<()> {
+        match &*self.0 {
+            Target::Host(d) => graph.launches.iter().try_for_each(|l| d.launch(l)),
+            Target::Cuda(d) => d.replay(graph.executable.as_ref().expect("captured on this device")),
+        }
+    }
+
+    /// Waits for everything enqueued; reports the first error of any of it.
+    pub fn synchronize(&self) -> Result<()> {
+        on!(self, d => d.synchronize())
+    }
+
+    /// Runs one launch alone and measures it, seconds.
+    pub fn time(&self, launch: &Launch) -> Result<f64> {
+        on!(self, d => d.time(launch))
+    }
+
+    pub fn tensor_map<const RANK: usize>(&self, spec: &TensorMapSpec<RANK>) -> Result<crate::kernels::params::TensorMap> {
+        const { assert!(RANK >= 1 && RANK <= 4) };
+        let bad = |problem: &str| Err(Error::Device(format!("tensor map: {problem}: {spec:?}")));
+        if spec.address % 16 != 0 || spec.strides[1..].iter().any(|s| s % 16 != 0) {
+            return bad("address and strides must be multiples of 16 bytes");
+        }
+        if spec.r#box[0] * 2 > 128 && spec.swizzle {
+            return bad("a swizzled box is at most 128 bytes wide");
+        }
+        on!(self, d => d.tensor_map(spec))
+    }
+}
+
+impl Buffer {
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The device address as the pointer type a params struct wants. Only kernels may follow it.
+    pub fn pointer<T>(&self) -> *mut T {
+        self.address as *mut T
+    }
+
+    /// `pointer`, `bytes` further on.
+    pub fn pointer_at<T>(&self, bytes: usize) -> *mut T {
+        assert!(bytes <= self.bytes);
+        (self.address + bytes as u64) as *mut T
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        on!(self.device, d => d.free(self.address));
+    }
+}
+
+impl Pinned {
+    pub fn host(&self) -> *mut u8 {
+        self.host
+    }
+
+    pub fn pointer<T>(&self) -> *mut T {
+        self.address as *mut T
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        on!(self.device, d => d.free_pinned(self.host, self.bytes));
+    }
+}
