@@ -143,7 +143,7 @@ DEVICE int shfl_up(int x, int delta) { return __shfl_up_sync(kFullMask, x, delta
 DEVICE uint32_t shfl_up(uint32_t x, int delta) { return __shfl_up_sync(kFullMask, x, delta); }
 DEVICE uint64_t shfl_up(uint64_t x, int delta) { return __shfl_up_sync(kFullMask, (unsigned long long)x, delta); }
 // vote.sync (PTX 9.7.13.9).
-DEVICE uint32_t ballot(bool x) { return __ballot_sync(kFullMask, x); }
+DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(kFullMask, x); }
 DEVICE bool warp_any(bool x) { return __any_sync(kFullMask, x); }
 DEVICE bool warp_all(bool x) { return __all_sync(kFullMask, x); }
 DEVICE int popcount(uint32_t x) { return __popc(x); }
