@@ -205,7 +205,7 @@ impl Device {
     pub fn tensor_map<const RANK: usize>(&self, spec: &TensorMapSpec<RANK>) -> Result<crate::kernels::params::TensorMap> {
         const { assert!(RANK >= 1 && RANK <= 4) };
         let bad = |problem: &str| Err(Error::Device(format!("tensor map: {problem}: {spec:?}")));
-        if spec.address % 16 != 0 || spec.strides[1..].iter().any(|s| s % 16 != 0) {
+        if !spec.address.is_multiple_of(16) || spec.strides[1..].iter().any(|s| !s.is_multiple_of(16)) {
             return bad("address and strides must be multiples of 16 bytes");
         }
         if spec.r#box[0] * 2 > 128 && spec.swizzle {

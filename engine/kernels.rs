@@ -1,0 +1,72 @@
+//! The kernel table: pairs each kernel's name with its params struct and block size, once. bindgen's prototypes make a wrong
+//! pair a compile error, and [`Kernel::launch`] takes no other params than the kernel's own. Knows no device and no model.
+//!
+//! A new kernel is a .cu file (build.rs finds it), its prototype in params.h, and a line here.
+
+use crate::device::{AlignedWords, KernelEntry, Launch};
+use std::ffi::c_void;
+use std::marker::PhantomData;
+
+/// kernels/params.h in Rust, made by bindgen: structs, constants and prototypes, with their layout asserted. Padding is
+/// explicit, so that a params struct is initialised to its last byte: `..Default::default()`.
+#[allow(non_camel_case_types, clippy::missing_safety_doc)]
+pub mod params {
+    include!(concat!(env!("OUT_DIR"), "/params.rs"));
+}
+
+// `CUBINS`: (name of the .cu file, machine code for sm_90a). Empty without the feature `cuda`.
+include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
+
+/// A kernel that takes `Params`.
+pub struct Kernel<Params> {
+    entry: KernelEntry,
+    params: PhantomData<fn(Params)>,
+}
+
+impl<Params: Copy> Kernel<Params> {
+    /// A launch without cluster, shared memory or programmatic dependence, moving and computing nothing; the caller sets the
+    /// fields that differ: `Launch { shared_bytes: 1024, ..KERNEL.launch(grid, params) }`.
+    pub fn launch(&'static self, grid: [u32; 3], params: Params) -> Launch {
+        const { assert!(align_of::<Params>() <= align_of::<AlignedWords>()) };
+        let mut words =
+            vec![AlignedWords([0; 8]); size_of::<Params>().div_ceil(size_of::<AlignedWords>())].into_boxed_slice();
+        // SAFETY: the words are as large and as aligned as Params. Params is a bindgen struct without implicit padding, so
+        // every byte is initialised.
+        unsafe { words.as_mut_ptr().cast::<Params>().write(params) };
+        Launch { kernel: &self.entry, grid, cluster: 1, shared_bytes: 0, pdl: false, params: words, bytes: 0, flops: 0 }
+    }
+}
+
+type Function = unsafe extern "C" fn(*const c_void);
+
+/// For each line `name: Params, THREADS;` a static `NAME: Kernel<Params>`; and all of them in `ALL`.
+macro_rules! kernels {
+    ($($name:ident: $Params:ident, $THREADS:ident;)*) => { pastey::paste! {
+        $(
+            pub static [<$name:upper>]: Kernel<params::$Params> = Kernel {
+                entry: KernelEntry {
+                    name: match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                        Ok(name) => name,
+                        Err(_) => unreachable!(),
+                    },
+                    threads: params::$THREADS,
+                    params_bytes: size_of::<params::$Params>(),
+                    params_align: align_of::<params::$Params>(),
+                    host: erase::<params::$Params>(params::[<host_ $name>]),
+                    checked: erase::<params::$Params>(params::[<checked_ $name>]),
+                },
+                params: PhantomData,
+            };
+        )*
+
+        /// Every kernel, in the order of the table.
+        pub static ALL: &[&KernelEntry] = &[$(&[<$name:upper>].entry),*];
+    } };
+}
+
+const fn erase<Params>(function: unsafe extern "C" fn(*const Params)) -> Function {
+    // SAFETY: the two types differ in what a thin pointer points to; whoever calls it passes a Params.
+    unsafe { std::mem::transmute(function) }
+}
+
+kernels! {}
