@@ -15,7 +15,6 @@ fn main() {
         for line in problem.lines() {
             println!("cargo::error={line}");
         }
-        std::process::exit(1);
     }
 }
 
@@ -83,7 +82,7 @@ fn host_target() -> Result<()> {
         for build in [&mut plain, &mut runtime] {
             build.flag("-fsanitize=address").flag("-fno-omit-frame-pointer").define("SIMT_ASAN", "1");
         }
-        println!("cargo::rustc-link-arg=-fsanitize=address");
+        println!("cargo::rustc-link-lib=asan");
     }
 
     let mut steps = Vec::new();
@@ -191,7 +190,8 @@ impl Step {
         // A make rule, "output: file file \ file". Its files have no spaces, or the step is taken to be stale.
         let mut files =
             read.split_once(": ").map_or("", |(_, files)| files).split_whitespace().filter(|&w| w != "\\").peekable();
-        let same_command = fs::read_to_string(self.beside("command")).ok() == Some(format!("{:?}", self.command));
+        let same_command =
+            fs::read_to_string(self.beside("command")).is_ok_and(|made_by| made_by == self.command_line());
         same_command && files.peek().is_some() && files.all(|f| modified(Path::new(f)).is_some_and(|m| m <= made))
     }
 
@@ -204,7 +204,7 @@ impl Step {
         let result = command.output().map_err(|e| format!("cannot run {:?}: {e}", command.get_program()))?;
         let log = String::from_utf8_lossy(&result.stderr) + String::from_utf8_lossy(&result.stdout);
         if !result.status.success() {
-            return Err(format!("{} does not compile: {command:?}\n{log}", self.source.display()));
+            return Err(format!("{} does not compile:\n{}\n{log}", self.source.display(), self.command_line()));
         }
         check(self, &log)?;
         for line in log.lines().filter(|l| l.contains("warning:")) {
@@ -217,7 +217,12 @@ impl Step {
             .and_then(|file| file.set_modified(start))
             .and_then(|()| fs::rename(&unchecked, &self.output))
             .map_err(|e| format!("cannot write {}: {e}", self.output.display()))?;
-        write(&self.beside("command"), &format!("{:?}", self.command))
+        write(&self.beside("command"), &self.command_line())
+    }
+
+    fn command_line(&self) -> String {
+        let words = std::iter::once(self.command.get_program()).chain(self.command.get_args());
+        words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
     }
 
     fn beside(&self, extension: &str) -> PathBuf {

@@ -405,30 +405,30 @@ fn load_kernel(kernel: &KernelEntry, modules: &[sys::CUmodule], shared_bytes: i3
     if !modules.iter().any(find) {
         return Err(stale("is in no cubin".into()));
     }
-    let (mut offset, mut bytes, mut threads) = (0, 0, 0);
-    // SAFETY: a valid function; each call writes one or two numbers. Asking for parameter 1 of one fails, which is no error.
-    let (one, more, block) = unsafe {
+    let (mut offset, mut bytes) = (0, 0);
+    // SAFETY: a valid function; each call writes two numbers.
+    let (first, second) = unsafe {
         (
             sys::cuFuncGetParamInfo(function, 0, &mut offset, &mut bytes).result(),
             sys::cuFuncGetParamInfo(function, 1, &mut offset, &mut 0).result(),
-            sys::cuFuncGetAttribute(
-                &mut threads,
-                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
-                function,
-            )
-            .result(),
         )
     };
-    driver("cuFuncGetAttribute", block)?;
-    if one.is_err() || more.is_ok() || bytes != kernel.params_bytes {
-        return Err(stale(format!("takes {bytes} bytes of parameters and not one struct of {}", kernel.params_bytes)));
+    if first.is_err() || second.is_ok() || bytes != kernel.params_bytes {
+        return Err(stale(format!("does not take one struct of {} bytes", kernel.params_bytes)));
     }
+    use sys::CUfunction_attribute as Attribute;
+    let attribute = |which| {
+        // SAFETY: a valid function.
+        driver("cuFuncGetAttribute", unsafe { result::function::get_function_attribute(function, which) })
+    };
+    let threads = attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?;
     if threads as u32 != kernel.threads {
         return Err(stale(format!("is compiled for blocks of {threads} threads and not {}", kernel.threads)));
     }
-    let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let dynamic = shared_bytes - attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+    let limit = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     // SAFETY: a valid function.
-    driver("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function, limit, shared_bytes).result() })?;
+    driver("cuFuncSetAttribute", unsafe { result::function::set_function_attribute(function, limit, dynamic) })?;
     // SAFETY: a valid function.
     driver("cuFuncLoad", unsafe { sys::cuFuncLoad(function).result() })?;
     Ok(function)
