@@ -1,30 +1,28 @@
-# `make run` and `make test` need a Rust toolchain, a C++20 compiler and python3 with venv; the rest is fetched into
-# .toolchain/ without root (scripts/toolchain.sh).
+# Needed: a Rust toolchain, a C++20 compiler, make, and python3 with venv. What else is missing is fetched into .toolchain/
+# without root (scripts/toolchain.sh).
 
 CARGO := cargo
 CLANG_FORMAT := .toolchain/clang-format/bin/clang-format
-C_SOURCES = $(wildcard kernels/*.h kernels/*.cuh kernels/*.cu kernels/simt/*.h kernels/simt/*.cpp kernels/simt/planted/*.h \
-              kernels/simt/planted/*.cu)
+C_SOURCES = $(wildcard $(foreach folder,kernels kernels/simt kernels/simt/planted,$(addprefix $(folder)/*.,h cuh cu cpp)))
 
-# Without an NVIDIA driver only the host target can run, so nvcc is neither fetched nor used.
+# Without an NVIDIA driver only the host target can run: `make run` then neither fetches nor uses nvcc.
 DRIVER := $(wildcard /dev/nvidiactl)
 FOR_THIS_MACHINE := $(if $(DRIVER),,--no-default-features)
 
-# What `make run` asks: x in 3x + 4 = 2 (mod 11).
+# What `make run` asks: the x with 3x + 4 = 2 (mod 11).
 QUESTION := 3*x+4=2 mod 11
+# `make test TESTS=sampler` runs the tests with that in their name.
+TESTS :=
+FUZZ_SECONDS := 60
 
-.PHONY: run test bench fmt fmt-check resources setup
-.DEFAULT_GOAL := run
+.PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle setup
 
-setup:
-	@scripts/toolchain.sh libclang cuda disassembler clang-format
-
-run:
+run: # answers a question with the tiny model on whatever this machine has
 	@scripts/toolchain.sh libclang $(if $(DRIVER),cuda)
 	$(CARGO) run --release $(FOR_THIS_MACHINE) -- generate models/modulo "$(QUESTION)" --n-ignore 2 --ignore-string Wait
 
-test: setup
-	$(CARGO) test --release
+test: setup # every test; every kernel is compiled by nvcc, too
+	$(CARGO) test --release -- $(TESTS)
 
 bench: setup
 	$(CARGO) bench
@@ -33,6 +31,24 @@ fmt: setup
 	$(CARGO) fmt
 	$(CLANG_FORMAT) -i $(C_SOURCES)
 
-fmt-check: setup
+check-fmt: setup
 	$(CARGO) fmt --check
 	$(CLANG_FORMAT) --dry-run -Werror $(C_SOURCES)
+
+lint: setup
+	$(CARGO) clippy --release --all-targets -- -D warnings
+
+resources: setup # writes tests/resources.txt anew
+	PONDER_UPDATE_RESOURCES=1 $(CARGO) test --release --test tests -- resources
+
+asan: setup # the tests with the address sanitizer in the kernels and the SIMT machine
+	$(CARGO) test --release --no-default-features --features asan --test tests -- $(TESTS)
+
+fuzz: setup # a minute for each parser of outside input
+	tests/fuzz.sh $(FUZZ_SECONDS)
+
+gpu-bundle: setup # what benches/gpu.sh needs on a machine without Rust
+	scripts/gpu-bundle.sh
+
+setup:
+	@scripts/toolchain.sh libclang cuda disassembler clang-format
