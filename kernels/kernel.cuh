@@ -18,9 +18,9 @@
 #else
 #define SIMT_SYMBOL(name) host_##name
 #endif
-#define KERNEL(name, Params, THREADS)                                            \
-  static void name##_body(const Params& p);                                      \
-  extern "C" void SIMT_SYMBOL(name)(const Params* p) { name##_body(*p); }        \
+#define KERNEL(name, Params, THREADS)                                             \
+  static void name##_body(const Params& p);                                       \
+  extern "C" void SIMT_SYMBOL(name)(const Params* p) { name##_body(*p); }         \
   static_assert((THREADS) % 32 == 0 && (THREADS) <= 1024, "whole warps, please"); \
   static void name##_body(const Params& p)
 #define UNROLL

@@ -11,19 +11,19 @@
 
 enum {
   PAGE_TOKENS = 64,
-  MAX_SLOTS = 1024,        // slot 0 is reserved: padding rows point at it, and it owns page 0
-  MAX_DECODE_ROWS = 16,    // largest decode bucket
+  MAX_SLOTS = 1024,      // slot 0 is reserved: padding rows point at it, and it owns page 0
+  MAX_DECODE_ROWS = 16,  // largest decode bucket
   MAX_STOP_IDS = 16,
   MAX_LOGIT_BIAS = 512,
   MAX_TOP_LOGPROBS = 20,
   MAX_IGNORE_STRINGS = 8,
-  MAX_END_TOKENS = 8,      // longest start or end delimiter
-  RING_STEPS = 64,         // sampler results that may wait for the host
+  MAX_END_TOKENS = 8,  // longest start or end delimiter
+  RING_STEPS = 64,     // sampler results that may wait for the host
 
   EMBED_THREADS = 128,
   NORM_THREADS = 256,
   ROPE_THREADS = 128,
-  GEMM_THREADS = 384,      // one producer and two consumer warpgroups
+  GEMM_THREADS = 384,  // one producer and two consumer warpgroups
   GEMV_THREADS = 256,
   ATTN_PREFILL_THREADS = 384,
   ATTN_DECODE_THREADS = 160,  // four compute warps and one that loads
@@ -40,10 +40,10 @@ typedef struct __attribute__((aligned(64))) TensorMap {
 // ---------------------------------------------------------------------------------------------------------------------
 
 enum SlotFlag {
-  SLOT_ACTIVE = 1,          // decoding; otherwise every kernel treats its rows as padding
+  SLOT_ACTIVE = 1,  // decoding; otherwise every kernel treats its rows as padding
   SLOT_IGNORE_EOS = 2,
-  SLOT_ALLOWED_MASK = 4,    // the allowed-token bitmask of this slot applies
-  SLOT_PENALTIES = 8,       // token counts are kept and penalties apply
+  SLOT_ALLOWED_MASK = 4,  // the allowed-token bitmask of this slot applies
+  SLOT_PENALTIES = 8,     // token counts are kept and penalties apply
 };
 
 enum FinishReason { FINISH_NONE = 0, FINISH_STOP = 1, FINISH_LENGTH = 2 };
@@ -55,7 +55,7 @@ typedef struct PoolString {
 } PoolString;
 
 enum ThinkPhase {
-  PHASE_OFF = 0,        // no thinking seen yet (or no delimiters): the start matcher runs
+  PHASE_OFF = 0,  // no thinking seen yet (or no delimiters): the start matcher runs
   PHASE_THINKING = 1,
   PHASE_INJECTING = 2,  // ids of `inject` are due, `inject_kind` says why
   PHASE_ANSWERING = 3,  // thinking is over for this turn
@@ -69,18 +69,18 @@ enum BudgetOnEnd { ON_END_REPLACE = 0, ON_END_MASK = 1 };
 
 // Budget forcing, per slot: first what the request asked for, then the state of the machine in budget.cuh.
 typedef struct Budget {
-  PoolString start;          // completes -> THINKING; length 0: none
-  PoolString end;            // what the model must say to end its thinking (at most MAX_END_TOKENS ids); length 0: budget forcing off
-  PoolString close;          // what stands in the output after a natural end; begins with `end`, the rest is injected
-  PoolString end_string;     // forced at the maximum; outside the budget
+  PoolString start;       // completes -> THINKING; length 0: none
+  PoolString end;         // ends thinking (at most MAX_END_TOKENS ids); length 0: budget forcing off
+  PoolString close;       // what stands in the output after a natural end; begins with `end`, the rest is injected
+  PoolString end_string;  // forced at the maximum; outside the budget
   PoolString ignore_strings[MAX_IGNORE_STRINGS];  // round-robin
-  uint32_t ignore_count;     // how many of them; 0: an ignored end is masked for one step instead
-  int32_t newline;           // id forced before end_string when the last token does not end with a newline; -1: none
-  int32_t max_thinking;      // BUDGET_NO_MAX: none
+  uint32_t ignore_count;                          // how many of them; 0: an ignored end is masked for one step instead
+  int32_t newline;       // id forced before end_string when the last token does not end with a newline; -1: none
+  int32_t max_thinking;  // BUDGET_NO_MAX: none
   int32_t min_thinking;
   int32_t n_ignore;
-  uint32_t accounting;       // BudgetAccounting
-  uint32_t on_end;           // BudgetOnEnd
+  uint32_t accounting;  // BudgetAccounting
+  uint32_t on_end;      // BudgetOnEnd
 
   uint32_t phase;            // ThinkPhase
   int32_t count;             // thinking tokens as `accounting` counts them
@@ -88,41 +88,41 @@ typedef struct Budget {
   int32_t reasoning_tokens;  // tokens between the delimiters, injected ones included: what is reported
   int32_t ignores_used;
   uint32_t next_ignore;
-  uint32_t start_match;      // ids of `start` matched so far
-  uint32_t end_match;        // ids of `end` matched so far
-  PoolString inject;         // what is left to inject
-  uint32_t inject_kind;      // InjectKind
-  uint32_t mask_end_once;    // the end set is masked for the next draw
-  uint32_t mask_eos_once;    // EOS is masked for the next draw (directly after a forced end)
-  uint32_t utf8_missing;     // bytes that the text so far still lacks to end on a whole character
+  uint32_t start_match;    // ids of `start` matched so far
+  uint32_t end_match;      // ids of `end` matched so far
+  PoolString inject;       // what is left to inject
+  uint32_t inject_kind;    // InjectKind
+  uint32_t mask_end_once;  // the end set is masked for the next draw
+  uint32_t mask_eos_once;  // EOS is masked for the next draw (directly after a forced end)
+  uint32_t utf8_missing;   // bytes that the text so far still lacks to end on a whole character
   uint32_t ends_with_newline;
   uint32_t max_hit;
 } Budget;
 
 typedef struct SlotState {
-  uint32_t serial;         // which request sits here; echoed in the ring
-  uint32_t flags;          // SlotFlag
+  uint32_t serial;  // which request sits here; echoed in the ring
+  uint32_t flags;   // SlotFlag
   int32_t last_token;
-  int32_t length;          // tokens of the sequence, prompt and generated; KV is due at position length - 1 in a decode step
+  int32_t length;  // tokens of the sequence, prompt and generated; KV is due at position length - 1 in a decode step
   int32_t generated;
   int32_t max_generated;
-  int32_t min_generated;   // EOS and stop ids are masked before that
-  int32_t max_length;      // the context
-  uint32_t finish;         // FinishReason
+  int32_t min_generated;  // EOS and stop ids are masked before that
+  int32_t max_length;     // the context
+  uint32_t finish;        // FinishReason
 
-  float temperature;       // 0: greedy
-  float top_p;             // 1: off
-  float min_p;             // 0: off
-  int32_t top_k;           // 0: off
+  float temperature;         // 0: greedy
+  float top_p;               // 1: off
+  float min_p;               // 0: off
+  int32_t top_k;             // 0: off
   float repetition_penalty;  // 1: off
   float presence_penalty;
   float frequency_penalty;
   uint32_t seed_low, seed_high;
-  int32_t logprobs;        // -1: none; otherwise how many of the most likely tokens to report
-  uint32_t bias_count;     // entries in this slot's logit bias list
+  int32_t logprobs;     // -1: none; otherwise how many of the most likely tokens to report
+  uint32_t bias_count;  // entries in this slot's logit bias list
   uint32_t stop_count;
   int32_t stop_ids[MAX_STOP_IDS];  // end the answer (EOS of the model unless SLOT_IGNORE_EOS, and the request's own)
-  uint32_t eos_count;      // the first eos_count of stop_ids are the model's EOS: an end of thinking, too
+  uint32_t eos_count;              // the first eos_count of stop_ids are the model's EOS: an end of thinking, too
 
   Budget budget;
 } SlotState;
@@ -132,8 +132,8 @@ enum TokenTrait {
   TRAIT_MISSING_MASK = 3,    // UTF-8 bytes still missing after the token's last character
   TRAIT_CONTINUE_SHIFT = 2,  // bits 2-4: its bytes, if all are continuation bytes; else 0
   TRAIT_CONTINUE_MASK = 7,
-  TRAIT_NEWLINE = 32,        // its bytes end with a newline
-  TRAIT_REAL = 64,           // not a padded row of the vocabulary
+  TRAIT_NEWLINE = 32,  // its bytes end with a newline
+  TRAIT_REAL = 64,     // not a padded row of the vocabulary
 };
 
 enum TokenFlag {
@@ -149,12 +149,12 @@ typedef struct TokenRecord {
   uint32_t serial;
   uint32_t slot;
   int32_t token;
-  uint32_t flags;      // TokenFlag
-  uint32_t finish;     // FinishReason
-  int32_t generated;   // tokens generated including this one
+  uint32_t flags;     // TokenFlag
+  uint32_t finish;    // FinishReason
+  int32_t generated;  // tokens generated including this one
   int32_t ignores_used;
   int32_t reasoning_tokens;
-  float logprob;       // of `token`, natural log, from the logits after bias, masks and penalties, before temperature
+  float logprob;  // of `token`, natural log, from the logits after bias, masks and penalties, before temperature
   int32_t top_count;
   int32_t top_ids[MAX_TOP_LOGPROBS];
   float top_logprobs[MAX_TOP_LOGPROBS];
@@ -162,9 +162,9 @@ typedef struct TokenRecord {
 
 // The ring in mapped pinned host memory. The device writes records[head % RING_STEPS][0..rows), fences, and releases head.
 typedef struct TokenRing {
-  uint32_t head;       // steps completed since start-up (wraps)
+  uint32_t head;  // steps completed since start-up (wraps)
   uint32_t padding[31];
-  uint32_t rows[RING_STEPS];                           // rows of each step
+  uint32_t rows[RING_STEPS];  // rows of each step
   TokenRecord records[RING_STEPS][MAX_DECODE_ROWS];
 } TokenRing;
 
@@ -174,40 +174,40 @@ typedef struct TokenRing {
 
 // embed: resolves each row's token and position, and gathers its embedding.
 typedef struct EmbedParams {
-  const uint16_t* table;       // [vocab][hidden]
-  const SlotState* slots;      // [MAX_SLOTS]
-  const int32_t* row_slot;     // [rows]
-  const int32_t* prompt_token; // [rows] for prefill; null in decode, where the slot's last token is taken
+  const uint16_t* table;           // [vocab][hidden]
+  const SlotState* slots;          // [MAX_SLOTS]
+  const int32_t* row_slot;         // [rows]
+  const int32_t* prompt_token;     // [rows] for prefill; null in decode, where the slot's last token is taken
   const int32_t* prompt_position;  // [rows] for prefill; null in decode, where it is the slot's length - 1
-  int32_t* row_position;       // [rows] out; -1 for padding rows and slots that are not active
-  uint16_t* out;               // [rows][hidden]
+  int32_t* row_position;           // [rows] out; -1 for padding rows and slots that are not active
+  uint16_t* out;                   // [rows][hidden]
   int32_t rows, hidden, vocab;
 } EmbedParams;
 
 // rms_norm: out[i] = norm(x[row_index[i]]); add_rms_norm: residual = bf16(residual + x), out = norm(residual).
 // The norm is as the reference implementation rounds it: bf16(bf16(x * rsqrt(mean x^2 + eps)) * weight).
 typedef struct NormParams {
-  const uint16_t* x;           // [any][hidden]
-  const uint16_t* weight;      // [hidden]
-  uint16_t* residual;          // [rows][hidden], add_rms_norm only
-  const int32_t* row_index;    // [rows] or null for the identity
-  uint16_t* out;               // [rows][hidden]
+  const uint16_t* x;         // [any][hidden]
+  const uint16_t* weight;    // [hidden]
+  uint16_t* residual;        // [rows][hidden], add_rms_norm only
+  const int32_t* row_index;  // [rows] or null for the identity
+  uint16_t* out;             // [rows][hidden]
   int32_t rows, hidden;
   float eps;
 } NormParams;
 
 // rope_append: q and k normalised per head (optional) and rotated, k and v appended to their page.
 typedef struct RopeParams {
-  const uint16_t* qkv;         // [rows][(q_heads + 2 kv_heads) * head_dim], q heads first, then k, then v
-  const uint16_t* q_norm;      // [head_dim] or null
-  const uint16_t* k_norm;      // [head_dim] or null
-  const float* cos_sin;        // [max_position][head_dim / 2][2]
-  const int32_t* row_position; // [rows], -1: padding, nothing is appended
-  const int32_t* row_slot;     // [rows]
-  const int32_t* block_table;  // [MAX_SLOTS][max_pages] page ids
-  uint16_t* q;                 // [rows][q_heads][head_dim] out
-  uint16_t* k_pages;           // [pages][kv_heads][PAGE_TOKENS][head_dim]
-  uint16_t* v_pages;           // the same
+  const uint16_t* qkv;          // [rows][(q_heads + 2 kv_heads) * head_dim], q heads first, then k, then v
+  const uint16_t* q_norm;       // [head_dim] or null
+  const uint16_t* k_norm;       // [head_dim] or null
+  const float* cos_sin;         // [max_position][head_dim / 2][2]
+  const int32_t* row_position;  // [rows], -1: padding, nothing is appended
+  const int32_t* row_slot;      // [rows]
+  const int32_t* block_table;   // [MAX_SLOTS][max_pages] page ids
+  uint16_t* q;                  // [rows][q_heads][head_dim] out
+  uint16_t* k_pages;            // [pages][kv_heads][PAGE_TOKENS][head_dim]
+  uint16_t* v_pages;            // the same
   int32_t rows, q_heads, kv_heads, head_dim, max_pages;
   float norm_eps;
 } RopeParams;
@@ -215,79 +215,79 @@ typedef struct RopeParams {
 // gemm_*: c = a w^T with an epilogue, for prefill (many rows). bf16 in, fp32 accumulation.
 // Gate and up projections are interleaved in w by blocks of 8 rows: 8 of gate, then 8 of up.
 typedef struct __attribute__((aligned(64))) GemmParams {
-  TensorMap a_map;             // a [rows][k], box 64 (k) x 128 rows, swizzle 128
-  TensorMap w_map;             // w [n][k], box 64 (k) x tile_n rows, swizzle 128
-  TensorMap c_map;             // c [rows][n] (n / 2 for silu), box 64 columns x 64 rows, swizzle 128
-  const uint16_t* bias;        // [n] (bias)
-  const uint16_t* residual;    // [rows][n] (residual); may be c itself
-  uint16_t* c;                 // [rows][n], or [rows][n / 2] for silu
+  TensorMap a_map;           // a [rows][k], box 64 (k) x 128 rows, swizzle 128
+  TensorMap w_map;           // w [n][k], box 64 (k) x tile_n rows, swizzle 128
+  TensorMap c_map;           // c [rows][n] (n / 2 for silu), box 64 columns x 64 rows, swizzle 128
+  const uint16_t* bias;      // [n] (bias)
+  const uint16_t* residual;  // [rows][n] (residual); may be c itself
+  uint16_t* c;               // [rows][n], or [rows][n / 2] for silu
   int32_t rows, n, k;
 } GemmParams;
 
 // gemv_*: c = x w^T for decode (1 to 16 rows): streams w once. The same w and the same map of it as the prefill product
 // but for the box. Epilogues: none, bias, silu (interleaved as above), logits (fp32 out).
 typedef struct __attribute__((aligned(64))) GemvParams {
-  TensorMap w_map;             // w [n][k], box 64 (k) x 64 rows, swizzle 128
-  TensorMap x_map;             // x [rows][k], box 64 (k) x 8 or 16 rows, swizzle 128
-  const uint16_t* bias;        // [n] (bias)
-  uint16_t* c;                 // [rows][n], or [rows][n / 2] for silu
-  float* logits;               // [rows][n] (logits)
-  float* partial;              // [splits][rows][n] workspace when splits > 1
-  uint32_t* ticket;            // [ceil(n / 64)] zero between launches
+  TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128
+  TensorMap x_map;       // x [rows][k], box 64 (k) x 8 or 16 rows, swizzle 128
+  const uint16_t* bias;  // [n] (bias)
+  uint16_t* c;           // [rows][n], or [rows][n / 2] for silu
+  float* logits;         // [rows][n] (logits)
+  float* partial;        // [splits][rows][n] workspace when splits > 1
+  uint32_t* ticket;      // [ceil(n / 64)] zero between launches
   int32_t rows, n, k, splits;
 } GemvParams;
 
 // attn_prefill: causal attention of ragged chunks over paged KV (the chunk's own K and V are already in their pages).
 typedef struct PrefillTile {
-  int32_t first_row;           // row of the batch where the tile's first query token lies
-  int32_t tokens;              // query tokens in this tile
-  int32_t position;            // position of the first of them in its sequence
+  int32_t first_row;  // row of the batch where the tile's first query token lies
+  int32_t tokens;     // query tokens in this tile
+  int32_t position;   // position of the first of them in its sequence
   int32_t slot;
 } PrefillTile;
 
 typedef struct __attribute__((aligned(64))) AttnPrefillParams {
-  TensorMap k_map;             // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128
-  TensorMap v_map;             // the same for v_pages
-  const uint16_t* q;           // [rows][q_heads][head_dim]
+  TensorMap k_map;    // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128
+  TensorMap v_map;    // the same for v_pages
+  const uint16_t* q;  // [rows][q_heads][head_dim]
   const PrefillTile* tiles;    // [tile_capacity], longest first
   const int32_t* tile_count;   // [1]
   const int32_t* block_table;  // [MAX_SLOTS][max_pages]
   uint16_t* out;               // [rows][q_heads][head_dim]
   int32_t q_heads, kv_heads, max_pages;
-  float scale;                 // 1 / sqrt(head_dim)
+  float scale;  // 1 / sqrt(head_dim)
 } AttnPrefillParams;
 
 // attn_decode: one query token per row over its paged KV; the pages of all rows are dealt evenly to the blocks, partial
 // results are merged in order by the last block of a row.
 typedef struct __attribute__((aligned(64))) AttnDecodeParams {
-  TensorMap k_map;             // as above
+  TensorMap k_map;  // as above
   TensorMap v_map;
-  const uint16_t* q;           // [rows][q_heads][head_dim]
-  const int32_t* row_position; // [rows], -1: padding, output zero
-  const int32_t* row_slot;     // [rows]
-  const int32_t* block_table;  // [MAX_SLOTS][max_pages]
-  float* partial;              // [grid_x * 2][kv_heads][group][head_dim + 2] workspace: output, max, sum
-  uint32_t* ticket;            // [rows * kv_heads] zero between launches
-  uint16_t* out;               // [rows][q_heads][head_dim]
+  const uint16_t* q;            // [rows][q_heads][head_dim]
+  const int32_t* row_position;  // [rows], -1: padding, output zero
+  const int32_t* row_slot;      // [rows]
+  const int32_t* block_table;   // [MAX_SLOTS][max_pages]
+  float* partial;               // [grid_x * 2][kv_heads][group][head_dim + 2] workspace: output, max, sum
+  uint32_t* ticket;             // [rows * kv_heads] zero between launches
+  uint16_t* out;                // [rows][q_heads][head_dim]
   int32_t rows, q_heads, kv_heads, max_pages;
   float scale;
 } AttnDecodeParams;
 
 // sample: one block cluster per row: logits to the next token, budget forcing, the slot's next state, the ring.
 typedef struct SampleParams {
-  const float* logits;         // [rows][vocab]
-  SlotState* slots;            // [MAX_SLOTS]
-  const int32_t* row_slot;     // [rows]
-  const uint8_t* token_traits; // [vocab]
-  const int32_t* pool;         // token ids of all strings
-  const uint32_t* allowed;     // [MAX_SLOTS][vocab / 32 rounded up]
-  const int32_t* bias_ids;     // [MAX_SLOTS][MAX_LOGIT_BIAS]
-  const float* bias_values;    // [MAX_SLOTS][MAX_LOGIT_BIAS]
-  uint16_t* output_counts;     // [MAX_SLOTS][vocab] how often a token was generated
-  const uint32_t* prompt_seen; // [MAX_SLOTS][vocab / 32 rounded up] tokens of the prompt, for the repetition penalty
-  TokenRing* ring;             // mapped host memory
-  uint32_t* step;              // [1] steps so far (the ring's head, on the device)
-  uint32_t* ticket;            // [1] rows finished in this step
+  const float* logits;          // [rows][vocab]
+  SlotState* slots;             // [MAX_SLOTS]
+  const int32_t* row_slot;      // [rows]
+  const uint8_t* token_traits;  // [vocab]
+  const int32_t* pool;          // token ids of all strings
+  const uint32_t* allowed;      // [MAX_SLOTS][vocab / 32 rounded up]
+  const int32_t* bias_ids;      // [MAX_SLOTS][MAX_LOGIT_BIAS]
+  const float* bias_values;     // [MAX_SLOTS][MAX_LOGIT_BIAS]
+  uint16_t* output_counts;      // [MAX_SLOTS][vocab] how often a token was generated
+  const uint32_t* prompt_seen;  // [MAX_SLOTS][vocab / 32 rounded up] tokens of the prompt, for the repetition penalty
+  TokenRing* ring;              // mapped host memory
+  uint32_t* step;               // [1] steps so far (the ring's head, on the device)
+  uint32_t* ticket;             // [1] rows finished in this step
   int32_t rows, vocab;
 } SampleParams;
 

@@ -162,7 +162,9 @@ DEVICE bool elect_one() {
 // bar.sync 0 (PTX 9.7.13.1).
 DEVICE void sync_threads() { __syncthreads(); }
 // barrier.cta with an id from 1 to 15 and a number of threads (multiple of 32); never id 0 once roles diverge.
-DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -219,10 +221,12 @@ DEVICE void mbarrier_arrive(Barrier* b) {
 }
 // Arrives and adds `bytes` to the phase's pending transaction count.
 DEVICE void mbarrier_arrive_expect_tx(Barrier* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
 }
 DEVICE void mbarrier_expect_tx(Barrier* b, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
 }
 // Arrives at the same barrier of the block `rank` of this cluster.
 DEVICE void mbarrier_arrive_cluster(Barrier* b, uint32_t rank) {
@@ -264,7 +268,8 @@ DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" 
 
 // cp.async, 16 bytes (PTX 9.7.9.25.3.1); bytes from `valid` (0 to 16) on are zero-filled.
 DEVICE void cp_async_16(void* dst, const void* src, int valid = 16) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src), "r"(valid) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src), "r"(valid)
+               : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
@@ -285,13 +290,14 @@ DEVICE void bulk_load(void* dst, const void* src, uint32_t bytes, Barrier* b, ui
                  : "memory");
   else
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-            shared_address(dst)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(shared_address(dst)),
         "l"(src), "r"(bytes), "r"(shared_address(b)), "l"(policy)
         : "memory");
 }
 DEVICE void bulk_store(void* dst, const void* src, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(shared_address(src)), "r"(bytes)
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(shared_address(src)),
+               "r"(bytes)
                : "memory");
 }
 // cp.async.bulk.prefetch.L2 (PTX 9.7.9.25.4.3).
@@ -336,7 +342,8 @@ DEVICE void tma_load(void* dst, const TensorMap* map, Barrier* b, uint64_t polic
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], "
       "[%2], %6;" ::"r"(shared_address(dst)),
-      "l"(map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "l"(policy == kEvictNormal ? 0x1000000000000000ull : policy)
+      "l"(map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2),
+      "l"(policy == kEvictNormal ? 0x1000000000000000ull : policy)
       : "memory");
 }
 
@@ -344,7 +351,8 @@ DEVICE void tma_load(void* dst, const TensorMap* map, Barrier* b, uint64_t polic
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], "
       "[%2], %7;" ::"r"(shared_address(dst)),
-      "l"(map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy == kEvictNormal ? 0x1000000000000000ull : policy)
+      "l"(map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "l"(policy == kEvictNormal ? 0x1000000000000000ull : policy)
       : "memory");
 }
 
@@ -380,7 +388,6 @@ DEVICE void tma_store(const TensorMap* map, const void* src, int c0, int c1, int
                "r"(shared_address(src)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
-
 
 // ---- matrix fragments ----
 
@@ -424,8 +431,8 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // unused (16), stride 1024 between groups of 8 rows; the next 16 values of k: descriptor + (32 >> 4). MN-major with swizzle
 // 128: stride 1024 between groups of 8 k, leading offset between 64-wide panels; the next 16 values of k: + (2048 >> 4).
 DEVICE uint64_t wgmma_descriptor(const void* tile, uint32_t leading, uint32_t stride, Swizzle swizzle) {
-  return (uint64_t)((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
-         (uint64_t)swizzle << 62;
+  return (uint64_t)((shared_address(tile) & 0x3ffff) >> 4) | (uint64_t)(leading >> 4) << 16 |
+         (uint64_t)(stride >> 4) << 32 | (uint64_t)swizzle << 62;
 }
 // Orders ordinary register accesses before the following wgmma; once before the first and after touching accumulators or
 // A registers.
@@ -445,79 +452,69 @@ template <int N, int kMajorMNofB = 0>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 // Operand lists: WGMMA_R<n> names the first n registers, WGMMA_D<n>(d) binds them.
-#define WGMMA_R4 \
-  "%0, %1, %2, %3"
-#define WGMMA_D4(d) \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-#define WGMMA_R8 \
-  WGMMA_R4 ", %4, %5, %6, %7"
-#define WGMMA_D8(d) \
-  WGMMA_D4(d), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-#define WGMMA_R12 \
-  WGMMA_R8 ", %8, %9, %10, %11"
-#define WGMMA_D12(d) \
-  WGMMA_D8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
-#define WGMMA_R16 \
-  WGMMA_R12 ", %12, %13, %14, %15"
-#define WGMMA_D16(d) \
-  WGMMA_D12(d), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-#define WGMMA_R32 \
-  WGMMA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_D32(d) \
-  WGMMA_D16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), \
-  "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-  "+f"(d[30]), "+f"(d[31])
-#define WGMMA_R48 \
-  WGMMA_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define WGMMA_D48(d) \
-  WGMMA_D32(d), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), \
-  "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), \
-  "+f"(d[46]), "+f"(d[47])
-#define WGMMA_R64 \
-  WGMMA_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_D64(d) \
-  WGMMA_D48(d), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), \
-  "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), \
-  "+f"(d[62]), "+f"(d[63])
-#define WGMMA_R80 \
-  WGMMA_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_D80(d) \
-  WGMMA_D64(d), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), \
-  "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), \
-  "+f"(d[78]), "+f"(d[79])
-#define WGMMA_R96 \
-  WGMMA_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_D96(d) \
-  WGMMA_D80(d), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), \
-  "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), \
-  "+f"(d[94]), "+f"(d[95])
-#define WGMMA_R128 \
-  WGMMA_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "  \
-  "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA_D128(d) \
-  WGMMA_D96(d), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), \
-  "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), \
-  "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), \
-  "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), \
-  "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+#define WGMMA_R4 "%0, %1, %2, %3"
+#define WGMMA_D4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define WGMMA_R8 WGMMA_R4 ", %4, %5, %6, %7"
+#define WGMMA_D8(d) WGMMA_D4(d), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define WGMMA_R12 WGMMA_R8 ", %8, %9, %10, %11"
+#define WGMMA_D12(d) WGMMA_D8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
+#define WGMMA_R16 WGMMA_R12 ", %12, %13, %14, %15"
+#define WGMMA_D16(d) WGMMA_D12(d), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define WGMMA_R32 WGMMA_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_D32(d)                                                                                          \
+  WGMMA_D16(d), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),    \
+      "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), \
+      "+f"(d[31])
+#define WGMMA_R48 WGMMA_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_D48(d)                                                                                          \
+  WGMMA_D32(d), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]),    \
+      "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), \
+      "+f"(d[47])
+#define WGMMA_R64 WGMMA_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_D64(d)                                                                                          \
+  WGMMA_D48(d), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),    \
+      "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), \
+      "+f"(d[63])
+#define WGMMA_R80 WGMMA_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_D80(d)                                                                                          \
+  WGMMA_D64(d), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]),    \
+      "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), \
+      "+f"(d[79])
+#define WGMMA_R96 WGMMA_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_D96(d)                                                                                          \
+  WGMMA_D80(d), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]),    \
+      "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), \
+      "+f"(d[95])
+#define WGMMA_R128                                                                                           \
+  WGMMA_R96                                                                                                  \
+      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
+      "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_D128(d)                                                                                                 \
+  WGMMA_D96(d), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]),         \
+      "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), \
+      "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), \
+      "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), \
+      "+f"(d[127])
 
 // SS and RS of one N; R = N/2 registers, and the numbers of the operands behind them.
-#define WGMMA(N, R, o0, o1, o2, o3, o4, o5, o6)                                                                           \
-  template <int kMajorMNofA, int kMajorMNofB>                                                                             \
-  DEVICE void wgmma_ss_##N(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {                                      \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o2 ", 0;\n"                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_R##R "}, %" #o0 ", %" #o1             \
-                 ", p, 1, 1, %" #o3 ", %" #o4 "; }"                                                                       \
-                 : WGMMA_D##R(d)                                                                                          \
-                 : "l"(a), "l"(b), "r"((int)accumulate), "n"(kMajorMNofA), "n"(kMajorMNofB));                             \
-  }                                                                                                                       \
-  template <int kMajorMNofB>                                                                                              \
-  DEVICE void wgmma_rs_##N(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                          \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o5 ", 0;\n"                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_R##R "}, {%" #o0 ", %" #o1 ", %" #o2  \
-                 ", %" #o3 "}, %" #o4 ", p, 1, 1, %" #o6 "; }"                                                            \
-                 : WGMMA_D##R(d)                                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(kMajorMNofB));           \
+#define WGMMA(N, R, o0, o1, o2, o3, o4, o5, o6)                                                                 \
+  template <int kMajorMNofA, int kMajorMNofB>                                                                   \
+  DEVICE void wgmma_ss_##N(float(&d)[R], uint64_t a, uint64_t b, bool accumulate) {                             \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o2                                                         \
+                 ", 0;\n"                                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_R##R                        \
+                 "}, %" #o0 ", %" #o1 ", p, 1, 1, %" #o3 ", %" #o4 "; }"                                        \
+                 : WGMMA_D##R(d)                                                                                \
+                 : "l"(a), "l"(b), "r"((int)accumulate), "n"(kMajorMNofA), "n"(kMajorMNofB));                   \
+  }                                                                                                             \
+  template <int kMajorMNofB>                                                                                    \
+  DEVICE void wgmma_rs_##N(float(&d)[R], const uint32_t(&a)[4], uint64_t b, bool accumulate) {                  \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o5                                                         \
+                 ", 0;\n"                                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_R##R                        \
+                 "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, %" #o6 "; }"                  \
+                 : WGMMA_D##R(d)                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(kMajorMNofB)); \
   }
 
 WGMMA(8, 4, 4, 5, 6, 7, 8, 9, 10)

@@ -10,14 +10,14 @@ extern "C" {
 
 // A tensor map as the host target reads it; lives in the 128 bytes of a TensorMap.
 typedef struct SimtTensorMap {
-  uint64_t base;            // address of element 0
-  uint64_t strides[3];      // bytes, of dimensions 1 to 3
-  uint32_t dims[4];         // elements, innermost first
+  uint64_t base;        // address of element 0
+  uint64_t strides[3];  // bytes, of dimensions 1 to 3
+  uint32_t dims[4];     // elements, innermost first
   uint32_t box[4];
-  uint32_t rank;            // 1 to 4
+  uint32_t rank;  // 1 to 4
   uint32_t element_bytes;
-  uint32_t swizzle;         // enum Swizzle of sm90.cuh
-  uint32_t magic;           // SIMT_MAP_MAGIC: anything else is an error when used
+  uint32_t swizzle;  // enum Swizzle of sm90.cuh
+  uint32_t magic;    // SIMT_MAP_MAGIC: anything else is an error when used
 } SimtTensorMap;
 enum { SIMT_MAP_MAGIC = 0x50544d31 };
 
@@ -29,14 +29,14 @@ typedef struct SimtLaunch {
   void (*kernel)(const void* params);  // run by every thread
   const void* params;                  // the params struct, aligned as it wants
   uint32_t grid[3];
-  uint32_t cluster;                    // blocks per cluster along x, 1 for none
-  uint32_t threads;                    // per block
-  uint32_t shared_bytes;               // dynamic shared memory
-  uint32_t pdl;                        // launched with programmatic dependence on what ran before
-  uint32_t checked;                    // `kernel` is the instrumented build: race, bounds, proxy and PDL checks are on
-  uint32_t order;                      // SimtOrder
-  uint32_t seed;                       // of the random order and of the delays of asynchronous work
-  uint32_t workers;                    // OS threads to spread blocks over
+  uint32_t cluster;       // blocks per cluster along x, 1 for none
+  uint32_t threads;       // per block
+  uint32_t shared_bytes;  // dynamic shared memory
+  uint32_t pdl;           // launched with programmatic dependence on what ran before
+  uint32_t checked;       // `kernel` is the instrumented build: race, bounds, proxy and PDL checks are on
+  uint32_t order;         // SimtOrder
+  uint32_t seed;          // of the random order and of the delays of asynchronous work
+  uint32_t workers;       // OS threads to spread blocks over
 } SimtLaunch;
 
 // Runs one launch to completion. Returns 0; or 1 with a report (kernel, block, thread, cause; at most `capacity` bytes,
@@ -44,7 +44,8 @@ typedef struct SimtLaunch {
 int simt_run(const SimtLaunch* launch, char* report, uint64_t capacity);
 
 // Device memory of the host target: the checked build knows these allocations and reports accesses outside of them.
-void* simt_alloc(uint64_t bytes);   // 1024-byte aligned, filled with a NaN pattern, guarded; null when there is no memory
+// 1024-byte aligned, filled with a NaN pattern, guarded; null when there is no memory.
+void* simt_alloc(uint64_t bytes);
 void simt_free(void* p);
 // The host (or a completed synchronisation) has waited for everything before: nothing is pending for the PDL check.
 void simt_sync(void);
