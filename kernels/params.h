@@ -28,6 +28,14 @@ enum {
   ATTN_PREFILL_THREADS = 384,
   ATTN_DECODE_THREADS = 160,  // four compute warps and one that loads
   SAMPLE_THREADS = 512,
+
+  // Dynamic shared memory, bytes.
+  ATTN_PREFILL_SHARED_D64 = 82000,
+  ATTN_PREFILL_SHARED_D128 = 163920,
+  ATTN_DECODE_SHARED_D64 = 84616,
+  ATTN_DECODE_SHARED_D128 = 100936,
+
+  ATTN_PREFILL_ROWS = 128,  // (query token, head of the group) pairs in a tile of attn_prefill
 };
 
 // A tensor map for TMA: on CUDA what cuTensorMapEncodeTiled fills, on the host target the fields of SimtTensorMap.
@@ -246,10 +254,10 @@ typedef struct PrefillTile {
 } PrefillTile;
 
 typedef struct __attribute__((aligned(64))) AttnPrefillParams {
-  TensorMap k_map;    // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128
-  TensorMap v_map;    // the same for v_pages
-  const uint16_t* q;  // [rows][q_heads][head_dim]
-  const PrefillTile* tiles;    // [tile_capacity], longest first
+  TensorMap k_map;  // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128
+  TensorMap v_map;  // the same for v_pages
+  TensorMap q_map;  // q as 4-D (head_dim, group, kv_heads, rows), box 64 x group x 1 x (128 / group), swizzle 128
+  const PrefillTile* tiles;    // [tile_count], longest first; at most ATTN_PREFILL_ROWS / group tokens each
   const int32_t* tile_count;   // [1]
   const int32_t* block_table;  // [MAX_SLOTS][max_pages]
   uint16_t* out;               // [rows][q_heads][head_dim]
@@ -266,7 +274,7 @@ typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   const int32_t* row_position;  // [rows], -1: padding, output zero
   const int32_t* row_slot;      // [rows]
   const int32_t* block_table;   // [MAX_SLOTS][max_pages]
-  float* partial;               // [grid_x * 2][kv_heads][group][head_dim + 2] workspace: output, max, sum
+  float* partial;               // [grid_x * 2][group][head_dim + 2] workspace: output, max, sum
   uint32_t* ticket;             // [rows * kv_heads] zero between launches
   uint16_t* out;                // [rows][q_heads][head_dim]
   int32_t rows, q_heads, kv_heads, max_pages;

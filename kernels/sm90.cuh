@@ -427,6 +427,14 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 // ---- wgmma (PTX 9.7.15): by the 128 threads of a warpgroup, asynchronous ----
 
+// Without it ptxas moves arithmetic that touches no memory below a following wgmma_wait, where it overlaps nothing. `x` is
+// never negative, so nothing arrives at `b`; ptxas cannot know that, and computes x before it goes on.
+DEVICE void compute_before_wait(float x, Barrier* b) {
+  asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p mbarrier.arrive.shared::cta.b64 _, [%1]; }" ::"f"(x),
+               "r"(shared_address(b))
+               : "memory");
+}
+
 // Matrix descriptor (PTX 9.7.15.5.1.2). `tile` in shared memory; offsets in bytes. K-major with swizzle 128: leading offset
 // unused (16), stride 1024 between groups of 8 rows; the next 16 values of k: descriptor + (32 >> 4). MN-major with swizzle
 // 128: stride 1024 between groups of 8 k, leading offset between 64-wide panels; the next 16 values of k: + (2048 >> 4).
