@@ -160,7 +160,7 @@ fn lost_performance(log: &str) -> Option<String> {
             kernel = rest.split(['\'', ' ']).next().unwrap();
         }
         if line.contains("(C75") {
-            return Some(format!("kernel {kernel}: {line}"));
+            return Some(line.trim().to_string());
         }
         if line.contains("bytes stack frame") && line.split(", ").any(|count| !count.trim().starts_with("0 bytes")) {
             return Some(format!("kernel {kernel} does not fit in registers: {}", line.trim()));
