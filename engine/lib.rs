@@ -3,6 +3,9 @@
 //! Two halves that share only [`batch`]: logic (requests, sequences, pages; never sees a device) and compute (devices,
 //! kernels, the model; never sees a request). `engine` is where they meet. See ARCHITECTURE.md.
 
+pub mod batch;
+pub mod blocks;
 pub mod error;
+pub mod scheduler;
 
 pub use error::{Error, Result};
