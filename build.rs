@@ -156,9 +156,7 @@ fn cubins() -> Result<()> {
 fn lost_performance(log: &str) -> Option<String> {
     let mut kernel = "";
     for line in log.lines() {
-        if let Some((_, rest)) = line.split_once("Function properties for ").or(line.split_once("entry function '")) {
-            kernel = rest.split(['\'', ' ']).next().unwrap();
-        }
+        kernel = line.split_once("Function properties for ").map_or(kernel, |(_, name)| name);
         if line.contains("(C75") {
             return Some(line.trim().to_string());
         }
