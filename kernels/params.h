@@ -21,15 +21,19 @@ enum {
   RING_STEPS = 64,     // sampler results that may wait for the host
 
   EMBED_THREADS = 128,
-  NORM_THREADS = 256,
+  NORM_THREADS = 128,
   ROPE_THREADS = 128,
   GEMM_THREADS = 384,  // one producer and two consumer warpgroups
-  GEMV_THREADS = 256,
+  GEMV_THREADS = 160,  // one consumer warpgroup and one warp that loads
   ATTN_PREFILL_THREADS = 384,
   ATTN_DECODE_THREADS = 160,  // four compute warps and one that loads
   SAMPLE_THREADS = 512,
 
   // Dynamic shared memory, bytes.
+  GEMM_SHARED_N128 = 229472,
+  GEMM_SHARED_N256 = 229440,
+  GEMV_SHARED_M8 = 92256,
+  GEMV_SHARED_M16 = 102496,
   ATTN_PREFILL_SHARED_D64 = 82000,
   ATTN_PREFILL_SHARED_D128 = 163920,
   ATTN_DECODE_SHARED_D64 = 84616,
@@ -220,7 +224,7 @@ typedef struct RopeParams {
   float norm_eps;
 } RopeParams;
 
-// gemm_*: c = a w^T with an epilogue, for prefill (many rows). bf16 in, fp32 accumulation.
+// gemm_*: c = a w^T with an epilogue, for prefill (many rows). bf16 in, fp32 accumulation; k a multiple of 64, n of 64.
 // Gate and up projections are interleaved in w by blocks of 8 rows: 8 of gate, then 8 of up.
 typedef struct __attribute__((aligned(64))) GemmParams {
   TensorMap a_map;           // a [rows][k], box 64 (k) x 128 rows, swizzle 128
@@ -233,16 +237,18 @@ typedef struct __attribute__((aligned(64))) GemmParams {
 } GemmParams;
 
 // gemv_*: c = x w^T for decode (1 to 16 rows): streams w once. The same w and the same map of it as the prefill product
-// but for the box. Epilogues: none, bias, silu (interleaved as above), logits (fp32 out).
+// but for the box; k a multiple of 64, n of 16. Epilogues: none, bias, silu (interleaved as above), logits (fp32 out).
+// The steps of 128 k of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts are
+// summed in order by the last block that finishes one.
 typedef struct __attribute__((aligned(64))) GemvParams {
   TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128
   TensorMap x_map;       // x [rows][k], box 64 (k) x 8 or 16 rows, swizzle 128
   const uint16_t* bias;  // [n] (bias)
   uint16_t* c;           // [rows][n], or [rows][n / 2] for silu
   float* logits;         // [rows][n] (logits)
-  float* partial;        // [splits][rows][n] workspace when splits > 1
+  float* partial;        // [grid_x * 2][8 or 16][64] workspace: the parts of cut tiles
   uint32_t* ticket;      // [ceil(n / 64)] zero between launches
-  int32_t rows, n, k, splits;
+  int32_t rows, n, k;
 } GemvParams;
 
 // attn_prefill: causal attention of ragged chunks over paged KV (the chunk's own K and V are already in their pages).

@@ -67,6 +67,12 @@ DEVICE float rsqrt_approx(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// rcp.approx.ftz (PTX 9.7.3.14).
+DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // cvt.rn.bf16x2 (PTX 9.7.9.22): two floats to two bf16, `low` in the lower half; nearest, ties to even.
 DEVICE uint32_t pack_bf16x2(float low, float high) {
   uint32_t y;
