@@ -5,7 +5,12 @@
 
 pub mod batch;
 pub mod blocks;
+pub mod chat;
+pub mod checkpoint;
+pub mod config;
 pub mod error;
 pub mod scheduler;
+pub mod thinking;
+pub mod tokenizer;
 
 pub use error::{Error, Result};

@@ -1,5 +1,6 @@
 //! One integration binary; a module per subject.
 
 mod layout;
+mod loading;
 mod random;
 mod scheduler;

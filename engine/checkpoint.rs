@@ -1,0 +1,302 @@
+//! Weights on disk: safetensors files by memory map, sharded or not, with every field of their headers checked before a
+//! tensor is handed out. Knows no model: names, shapes and bytes only.
+//!
+//! Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets: [begin, end]}}, then the data
+//! that the offsets count from (github.com/huggingface/safetensors, README, "Format").
+
+use crate::{Error, Result};
+use serde::de::{MapAccess, Visitor};
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// Element types of safetensors that we know the size of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    Bool,
+    U8,
+    I8,
+    F8E4M3,
+    F8E5M2,
+    I16,
+    U16,
+    F16,
+    Bf16,
+    I32,
+    U32,
+    F32,
+    I64,
+    U64,
+    F64,
+}
+
+impl Dtype {
+    fn parse(name: &str) -> Option<Dtype> {
+        Some(match name {
+            "BOOL" => Dtype::Bool,
+            "U8" => Dtype::U8,
+            "I8" => Dtype::I8,
+            "F8_E4M3" => Dtype::F8E4M3,
+            "F8_E5M2" => Dtype::F8E5M2,
+            "I16" => Dtype::I16,
+            "U16" => Dtype::U16,
+            "F16" => Dtype::F16,
+            "BF16" => Dtype::Bf16,
+            "I32" => Dtype::I32,
+            "U32" => Dtype::U32,
+            "F32" => Dtype::F32,
+            "I64" => Dtype::I64,
+            "U64" => Dtype::U64,
+            "F64" => Dtype::F64,
+            _ => return None,
+        })
+    }
+
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::F8E4M3 | Dtype::F8E5M2 => 1,
+            Dtype::I16 | Dtype::U16 | Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::I32 | Dtype::U32 | Dtype::F32 => 4,
+            Dtype::I64 | Dtype::U64 | Dtype::F64 => 8,
+        }
+    }
+}
+
+/// One tensor of a header; `begin..end` in bytes of the data that follows the header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub begin: usize,
+    pub end: usize,
+}
+
+/// A tensor's bytes, in the mapped file.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
+/// A model folder's tensors.
+pub struct Checkpoint {
+    folder: PathBuf,
+    shards: Vec<memmap2::Mmap>,
+    data_starts: Vec<usize>,
+    tensors: HashMap<String, (usize, TensorInfo)>,
+}
+
+/// The format's own limit.
+const MAX_HEADER: u64 = 100_000_000;
+
+impl Checkpoint {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// Files that are missing, truncated or lie about their contents; the message names file, tensor and field.
+    pub fn open(folder: &Path) -> Result<Checkpoint> {
+        if !folder.is_dir() {
+            return Err(Error::model(folder, "there is no such model folder"));
+        }
+        let index_path = folder.join("model.safetensors.index.json");
+        let mut checkpoint =
+            Checkpoint { folder: folder.into(), shards: Vec::new(), data_starts: Vec::new(), tensors: HashMap::new() };
+        if !index_path.exists() {
+            checkpoint.map(&folder.join("model.safetensors"))?;
+            return Ok(checkpoint);
+        }
+        let bytes = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
+        let index = parse_index(&bytes).map_err(|problem| Error::model(&index_path, problem))?;
+        let mut files: Vec<&String> = index.values().collect();
+        files.sort();
+        files.dedup();
+        let shard_of: HashMap<&String, usize> = files.iter().enumerate().map(|(i, &f)| (f, i)).collect();
+        for file in files {
+            checkpoint.map(&folder.join(file))?;
+        }
+        for (name, file) in &index {
+            match checkpoint.tensors.get(name) {
+                Some((shard, _)) if *shard == shard_of[file] => {}
+                _ => {
+                    return Err(Error::model(&index_path, format!("tensor {name:?} is not in {file:?}, as it claims")));
+                }
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    fn map(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        let bytes = file.metadata().map_err(|e| Error::io(path, e))?.len();
+        if bytes < 8 {
+            return Err(Error::model(
+                path,
+                format!("{bytes} bytes are too few for a safetensors file: is it truncated?"),
+            ));
+        }
+        // SAFETY: the map is read only. Whoever truncates the file while we read it ends the process by SIGBUS; that is the
+        // price of not copying the weights, as for every engine that maps them.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let header_length = u64::from_le_bytes(map[..8].try_into().unwrap());
+        if header_length > MAX_HEADER || header_length > bytes - 8 {
+            return Err(Error::model(
+                path,
+                format!("the header claims {header_length} bytes in a file of {bytes}: not safetensors, or truncated"),
+            ));
+        }
+        let start = 8 + header_length as usize;
+        let tensors = parse_header(&map[8..start], map.len() - start).map_err(|problem| Error::model(path, problem))?;
+        let shard = self.shards.len();
+        for (name, info) in tensors {
+            if self.tensors.insert(name.clone(), (shard, info)).is_some() {
+                return Err(Error::model(path, format!("tensor {name:?} is in another shard as well")));
+            }
+        }
+        self.shards.push(map);
+        self.data_starts.push(start);
+        Ok(())
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(|(_, t)| (t.end - t.begin) as u64).sum()
+    }
+
+    /// # Errors
+    /// No such tensor, or one of another element type or shape.
+    pub fn tensor(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<TensorView<'_>> {
+        let Some((shard, info)) = self.tensors.get(name) else {
+            return Err(Error::model(&self.folder, format!("tensor {name:?} is missing")));
+        };
+        if info.dtype != dtype || info.shape != shape {
+            return Err(Error::model(
+                &self.folder,
+                format!(
+                    "tensor {name:?} is {:?} of shape {:?}, where config.json asks for {dtype:?} of shape {shape:?}",
+                    info.dtype, info.shape
+                ),
+            ));
+        }
+        let start = self.data_starts[*shard];
+        let bytes = &self.shards[*shard][start + info.begin..start + info.end];
+        Ok(TensorView { dtype, shape: &info.shape, bytes })
+    }
+}
+
+/// A header's tensors, every field checked against the `data_bytes` that follow it: known types, sizes that agree, offsets that
+/// tile the data without overlap or gap, no name twice.
+pub fn parse_header(json: &[u8], data_bytes: usize) -> std::result::Result<Vec<(String, TensorInfo)>, String> {
+    let entries = parse_object(json).map_err(|e| format!("the header is not valid: {e}"))?;
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, value) in entries {
+        if name == "__metadata__" {
+            continue;
+        }
+        let bad = |problem: String| format!("tensor {name:?}: {problem}");
+        let serde_json::Value::Object(object) = value else { return Err(bad("not an object".into())) };
+        if let Some(field) = object.keys().find(|k| !matches!(k.as_str(), "dtype" | "shape" | "data_offsets")) {
+            return Err(bad(format!("unknown field {field:?}")));
+        }
+        let numbers = |field: &str, most: usize| -> std::result::Result<Vec<usize>, String> {
+            let list = object.get(field).and_then(|v| v.as_array()).ok_or_else(|| bad(format!("no list {field:?}")))?;
+            if list.len() > most {
+                return Err(bad(format!("{field:?} has {} entries", list.len())));
+            }
+            let number = |v: &serde_json::Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
+            list.iter()
+                .map(number)
+                .collect::<Option<_>>()
+                .ok_or_else(|| bad(format!("{field:?} holds more than whole numbers")))
+        };
+        let dtype_name =
+            object.get("dtype").and_then(|v| v.as_str()).ok_or_else(|| bad("no string \"dtype\"".into()))?;
+        let dtype = Dtype::parse(dtype_name).ok_or_else(|| bad(format!("unknown dtype {dtype_name:?}")))?;
+        let shape = numbers("shape", 8)?;
+        let offsets = numbers("data_offsets", 2)?;
+        let &[begin, end] = offsets.as_slice() else { return Err(bad("\"data_offsets\" is not [begin, end]".into())) };
+        if begin > end || end > data_bytes {
+            return Err(bad(format!("bytes {begin} to {end} are not within the file's {data_bytes} bytes of data")));
+        }
+        let size = shape.iter().try_fold(dtype.size(), |size, &n| size.checked_mul(n));
+        if size != Some(end - begin) {
+            return Err(bad(format!("{dtype_name} of shape {shape:?} does not fill {} bytes", end - begin)));
+        }
+        tensors.push((name, TensorInfo { dtype, shape, begin, end }));
+    }
+    let mut order: Vec<usize> = (0..tensors.len()).collect();
+    order.sort_by_key(|&i| (tensors[i].1.begin, tensors[i].1.end));
+    let mut at = 0;
+    for &i in &order {
+        let (name, info) = &tensors[i];
+        if info.begin < at {
+            return Err(format!(
+                "tensor {name:?} overlaps another: it begins at byte {}, which is taken up to {at}",
+                info.begin
+            ));
+        }
+        if info.begin > at {
+            return Err(format!("bytes {at} to {} before tensor {name:?} belong to no tensor", info.begin));
+        }
+        at = info.end;
+    }
+    if at != data_bytes {
+        return Err(format!("the tensors end at byte {at} of {data_bytes} bytes of data"));
+    }
+    Ok(tensors)
+}
+
+/// Tensor name -> shard file, from model.safetensors.index.json. A shard lies in the folder itself.
+pub fn parse_index(json: &[u8]) -> std::result::Result<HashMap<String, String>, String> {
+    let entries = parse_object(json).map_err(|e| format!("not valid JSON: {e}"))?;
+    let map = entries.into_iter().find(|(name, _)| name == "weight_map").map(|(_, value)| value);
+    let Some(serde_json::Value::Object(map)) = map else { return Err("no object \"weight_map\"".into()) };
+    let mut index = HashMap::new();
+    for (tensor, file) in map {
+        match file.as_str() {
+            Some(file) if is_plain_file_name(file) => index.insert(tensor, file.to_string()),
+            Some(file) => {
+                return Err(format!("{tensor:?} is in {file:?}, which is not the name of a file in this folder"));
+            }
+            None => return Err(format!("{tensor:?} has no file name")),
+        };
+    }
+    if index.is_empty() { Err("\"weight_map\" is empty".into()) } else { Ok(index) }
+}
+
+fn is_plain_file_name(name: &str) -> bool {
+    name.ends_with(".safetensors") && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
+}
+
+/// An object's entries in order; a name that occurs twice is an error, which serde_json's own map would swallow.
+fn parse_object(json: &[u8]) -> serde_json::Result<Vec<(String, serde_json::Value)>> {
+    struct Entries;
+    impl<'de> Visitor<'de> for Entries {
+        type Value = Vec<(String, serde_json::Value)>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+            let mut entries = Vec::new();
+            let mut names = std::collections::HashSet::new();
+            while let Some((name, value)) = map.next_entry::<String, _>()? {
+                if !names.insert(name.clone()) {
+                    return Err(serde::de::Error::custom(format!("{name:?} occurs twice")));
+                }
+                entries.push((name, value));
+            }
+            Ok(entries)
+        }
+    }
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let entries = serde::Deserializer::deserialize_map(&mut deserializer, Entries)?;
+    deserializer.end()?;
+    Ok(entries)
+}

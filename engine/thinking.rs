@@ -1,0 +1,216 @@
+//! Thinking delimiters: which tokens open and close a model's thinking, what stands in the output when it ends by itself, and
+//! what is forced when it must end. All ids come from the model's tokenizer. Knows no budget.
+//!
+//! A model folder may say so itself in thinking.json:
+//!
+//! ```json
+//! {
+//!   "start": "<|im_start|>think",
+//!   "start_in_prompt": true,
+//!   "end": "<|im_start|>",
+//!   "close": "<|im_start|>answer",
+//!   "end_string": "<|im_start|>answer\nFinal Answer:",
+//!   "end_string_on_new_line": true,
+//!   "ignore_strings": ["Wait"]
+//! }
+//! ```
+//!
+//! `close` (default: `end`) begins with `end`. `end_string` defaults to `close`.
+
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+use serde::Deserialize;
+use std::path::Path;
+
+/// What `--thinking` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ThinkingChoice {
+    /// thinking.json if the model folder has one, else `<think>` tags if the vocabulary has them, else none.
+    Auto,
+    /// s1's delimiters (arXiv 2501.19393, eval harness).
+    S1,
+    /// `<think>` ... `</think>`, as DeepSeek-R1 and Qwen3.
+    ThinkTags,
+    None,
+    /// `--thinking-start`, `--thinking-end`.
+    Explicit {
+        start: String,
+        end: String,
+    },
+}
+
+/// Delimiters as token ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Delimiters {
+    /// Opens the thinking.
+    pub start: Vec<u32>,
+    /// `start` is appended to the prompt; the model does not say it.
+    pub start_in_prompt: bool,
+    /// What the model says to end its thinking.
+    pub end: Vec<u32>,
+    /// What stands in the output after such an end; begins with `end`.
+    pub close: Vec<u32>,
+    /// Forced at the maximum.
+    pub end_string: Vec<u32>,
+    /// Forced before `end_string` where the text does not end with a newline.
+    pub newline: Option<u32>,
+    /// What replaces an ignored end unless the request says otherwise.
+    pub ignore_strings: Vec<Vec<u32>>,
+}
+
+/// Ids of a start or end; of any other string.
+pub const MAX_DELIMITER: usize = 8;
+pub const MAX_STRING: usize = 64;
+
+/// thinking.json.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ThinkingFile {
+    start: String,
+    #[serde(default)]
+    start_in_prompt: bool,
+    end: String,
+    close: Option<String>,
+    end_string: Option<String>,
+    #[serde(default)]
+    end_string_on_new_line: bool,
+    #[serde(default)]
+    ignore_strings: Vec<String>,
+}
+
+impl ThinkingFile {
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(json: &[u8]) -> std::result::Result<ThinkingFile, String> {
+        let file: ThinkingFile = serde_json::from_slice(json).map_err(|e| format!("not a thinking.json: {e}"))?;
+        if file.end.is_empty() {
+            return Err("field \"end\" is empty: say what ends the thinking, or remove the file".into());
+        }
+        if file.ignore_strings.len() > 8 {
+            return Err(format!("field \"ignore_strings\" has {} entries: at most 8", file.ignore_strings.len()));
+        }
+        Ok(file)
+    }
+
+    fn s1() -> ThinkingFile {
+        ThinkingFile {
+            start: "<|im_start|>think".into(),
+            start_in_prompt: true,
+            end: "<|im_start|>".into(),
+            close: Some("<|im_start|>answer".into()),
+            end_string: Some("<|im_start|>answer\nFinal Answer:".into()),
+            end_string_on_new_line: true,
+            ignore_strings: vec!["Wait".into()],
+        }
+    }
+
+    /// The end string is the early-stop sentence of the Qwen3 report (arXiv 2505.09388, section 4.3).
+    fn think_tags() -> ThinkingFile {
+        ThinkingFile {
+            start: "<think>".into(),
+            start_in_prompt: false,
+            end: "</think>".into(),
+            close: None,
+            end_string: Some(
+                "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n\
+                 </think>\n\n"
+                    .into(),
+            ),
+            end_string_on_new_line: false,
+            ignore_strings: vec!["Wait".into()],
+        }
+    }
+}
+
+impl Delimiters {
+    /// The delimiters of the model in `folder`; `None`: it does not think.
+    ///
+    /// # Errors
+    /// A thinking.json that cannot be read or used; delimiters that the tokenizer does not have.
+    pub fn resolve(choice: &ThinkingChoice, folder: &Path, tokenizer: &Tokenizer) -> Result<Option<Delimiters>> {
+        let has = |token: &str| tokenizer.token_id(token).is_some();
+        match choice {
+            ThinkingChoice::None => Ok(None),
+            ThinkingChoice::S1 => {
+                if !has("<|im_start|>") {
+                    return Err(Error::request(
+                        "thinking",
+                        "s1's delimiters need the token <|im_start|>, which this tokenizer lacks",
+                    ));
+                }
+                Delimiters::encode(&ThinkingFile::s1(), tokenizer).map(Some).map_err(|p| Error::request("thinking", p))
+            }
+            ThinkingChoice::ThinkTags => {
+                if !has("<think>") || !has("</think>") {
+                    return Err(Error::request("thinking", "this tokenizer lacks the tokens <think> and </think>"));
+                }
+                Delimiters::encode(&ThinkingFile::think_tags(), tokenizer)
+                    .map(Some)
+                    .map_err(|p| Error::request("thinking", p))
+            }
+            ThinkingChoice::Explicit { start, end } => {
+                if end.is_empty() {
+                    return Err(Error::request("thinking-end", "empty: say what ends the thinking"));
+                }
+                let file = ThinkingFile {
+                    start: start.clone(),
+                    start_in_prompt: false,
+                    end: end.clone(),
+                    close: None,
+                    end_string: None,
+                    end_string_on_new_line: false,
+                    ignore_strings: vec!["Wait".into()],
+                };
+                Delimiters::encode(&file, tokenizer).map(Some).map_err(|p| Error::request("thinking", p))
+            }
+            ThinkingChoice::Auto => {
+                let path = folder.join("thinking.json");
+                match std::fs::read(&path) {
+                    Ok(json) => ThinkingFile::parse(&json)
+                        .and_then(|file| Delimiters::encode(&file, tokenizer))
+                        .map(Some)
+                        .map_err(|problem| Error::model(path, problem)),
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+                    Err(_) if has("<think>") && has("</think>") => {
+                        Delimiters::resolve(&ThinkingChoice::ThinkTags, folder, tokenizer)
+                    }
+                    Err(_) => Ok(None),
+                }
+            }
+        }
+    }
+
+    fn encode(file: &ThinkingFile, tokenizer: &Tokenizer) -> std::result::Result<Delimiters, String> {
+        let ids = |name: &str, text: &str, most: usize| {
+            let ids = tokenizer.encode(text).map_err(|e| format!("{name}: {e}"))?;
+            match ids.len() {
+                0 if !text.is_empty() => Err(format!("{name} {text:?} has no tokens")),
+                n if n > most => Err(format!("{name} {text:?} has {n} tokens: at most {most}")),
+                _ => Ok(ids),
+            }
+        };
+        let start = ids("start", &file.start, MAX_DELIMITER)?;
+        let end = ids("end", &file.end, MAX_DELIMITER)?;
+        let close = ids("close", file.close.as_deref().unwrap_or(&file.end), MAX_STRING)?;
+        if !close.starts_with(&end) {
+            return Err(format!("close {:?} does not begin with the tokens of end {:?}", file.close, file.end));
+        }
+        let end_string = match &file.end_string {
+            Some(text) => ids("end_string", text, MAX_STRING)?,
+            None => close.clone(),
+        };
+        let newline = match file.end_string_on_new_line {
+            false => None,
+            true => match ids("newline", "\n", 1)?.as_slice() {
+                &[id] => Some(id),
+                _ => return Err("the tokenizer has no single token for a newline".into()),
+            },
+        };
+        let ignore_strings = file
+            .ignore_strings
+            .iter()
+            .map(|s| ids("ignore_strings", s, MAX_STRING))
+            .collect::<std::result::Result<_, _>>()?;
+        Ok(Delimiters { start, start_in_prompt: file.start_in_prompt, end, close, end_string, newline, ignore_strings })
+    }
+}

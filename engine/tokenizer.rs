@@ -1,0 +1,206 @@
+//! Text to token ids and back: tokenizer.json through the `tokenizers` crate, the bytes of single tokens, and incremental
+//! detokenisation that never splits a character. Knows no model but the size of its vocabulary.
+
+use crate::{Error, Result};
+use std::collections::HashMap;
+use std::path::Path;
+
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Bytes of every id below the vocabulary size; empty for ids that are no token.
+    bytes: Vec<Box<[u8]>>,
+    special: Vec<bool>,
+}
+
+/// Bits of [`Tokenizer::traits`], as kernels/params.h names them (TokenTrait).
+const CONTINUE_SHIFT: u32 = 2;
+const NEWLINE: u8 = 32;
+const REAL: u8 = 64;
+
+impl Tokenizer {
+    /// `vocab_size`: rows of the model's embedding table.
+    ///
+    /// # Errors
+    /// No or an unusable tokenizer.json; a token id that the model has no row for.
+    pub fn load(folder: &Path, vocab_size: usize) -> Result<Tokenizer> {
+        let path = folder.join("tokenizer.json");
+        let json = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&json)
+            .map_err(|e| Error::model(&path, format!("not a tokenizer that can be read: {e}")))?;
+        // Padding and truncation belong to training; a prompt is used as it is.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| Error::model(&path, e.to_string()))?;
+
+        let byte_level = serde_json::from_slice::<serde_json::Value>(&json)
+            .is_ok_and(|v| v.get("decoder").is_some_and(|d| mentions_byte_level(d, 0)));
+        let alphabet = if byte_level { byte_level_alphabet() } else { HashMap::new() };
+        let added = inner.get_added_tokens_decoder();
+        let mut bytes = vec![Box::default(); vocab_size];
+        let mut special = vec![false; vocab_size];
+        for (token, id) in inner.get_vocab(true) {
+            if id as usize >= vocab_size {
+                return Err(Error::model(
+                    &path,
+                    format!(
+                        "token {token:?} has id {id}, but the model's vocab_size is {vocab_size}: they do not belong together"
+                    ),
+                ));
+            }
+            let added_token = added.get(&id);
+            special[id as usize] = added_token.is_some_and(|t| t.special);
+            bytes[id as usize] = match added_token {
+                Some(t) => t.content.as_bytes().into(),
+                None => token_bytes(&token, &alphabet),
+            };
+        }
+        Ok(Tokenizer { inner, bytes, special })
+    }
+
+    /// Special tokens in the text become their ids; none are added.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|e| Error::request("prompt", format!("cannot be tokenised: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The id of a token that stands in the vocabulary as such.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The bytes of a token; empty for ids that are no token.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.bytes.get(id as usize).map_or(&[], |b| b)
+    }
+
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.get(id as usize).copied().unwrap_or(false)
+    }
+
+    /// Rows of the embedding table, padded ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Ids that are tokens.
+    pub fn real_tokens(&self) -> usize {
+        self.bytes.iter().filter(|b| !b.is_empty()).count()
+    }
+
+    /// All ids as text at once, broken characters replaced.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut detokenizer = Detokenizer::default();
+        let mut text: String = ids.iter().map(|&id| detokenizer.push(self.token_bytes(id))).collect();
+        text += &detokenizer.finish();
+        text
+    }
+
+    /// What the sampler must know of each id, [vocab_size]: bits 0-1 the UTF-8 bytes still missing after its last character,
+    /// bits 2-4 its length if it consists of continuation bytes alone (at most 7), bit 5 whether it ends with a newline,
+    /// bit 6 whether it is a token at all.
+    pub fn traits(&self) -> Vec<u8> {
+        self.bytes.iter().map(|b| token_traits(b)).collect()
+    }
+}
+
+fn token_traits(bytes: &[u8]) -> u8 {
+    if bytes.is_empty() {
+        return 0;
+    }
+    let is_continuation = |b: &u8| b & 0xc0 == 0x80;
+    let tail = bytes.iter().rev().take_while(|b| is_continuation(b)).count();
+    let continuation = if tail == bytes.len() { tail.min(7) as u8 } else { 0 };
+    let missing = match bytes.len().checked_sub(tail + 1).map(|lead| bytes[lead]) {
+        Some(0xc0..=0xdf) => 1usize.saturating_sub(tail),
+        Some(0xe0..=0xef) => 2usize.saturating_sub(tail),
+        Some(0xf0..=0xf7) => 3usize.saturating_sub(tail),
+        _ => 0,
+    };
+    missing as u8 | continuation << CONTINUE_SHIFT | if bytes.last() == Some(&b'\n') { NEWLINE } else { 0 } | REAL
+}
+
+fn mentions_byte_level(decoder: &serde_json::Value, depth: usize) -> bool {
+    decoder.get("type").and_then(|t| t.as_str()) == Some("ByteLevel")
+        || depth < 4
+            && decoder
+                .get("decoders")
+                .and_then(|d| d.as_array())
+                .is_some_and(|list| list.iter().any(|d| mentions_byte_level(d, depth + 1)))
+}
+
+/// GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest for U+0100 and on.
+fn byte_level_alphabet() -> HashMap<char, u8> {
+    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let mut next = 0x100;
+    let mut alphabet = HashMap::new();
+    for byte in 0..=255u8 {
+        let stand_in = if printable(byte) {
+            byte as u32
+        } else {
+            next += 1;
+            next - 1
+        };
+        alphabet.insert(char::from_u32(stand_in).unwrap(), byte);
+    }
+    alphabet
+}
+
+/// A vocabulary entry's bytes: byte-level, or SentencePiece with `▁` for a space and `<0x0A>` for single bytes.
+fn token_bytes(token: &str, alphabet: &HashMap<char, u8>) -> Box<[u8]> {
+    if !alphabet.is_empty() {
+        if let Some(bytes) = token.chars().map(|c| alphabet.get(&c).copied()).collect::<Option<Vec<u8>>>() {
+            return bytes.into();
+        }
+    } else if let Some(hex) = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'))
+        && let (2, Ok(byte)) = (hex.len(), u8::from_str_radix(hex, 16))
+    {
+        return [byte].into();
+    }
+    token.replace('\u{2581}', " ").into_bytes().into()
+}
+
+/// Bytes of tokens to text, a token at a time: a character is handed out when it is whole.
+#[derive(Clone, Debug, Default)]
+pub struct Detokenizer {
+    pending: Vec<u8>,
+}
+
+impl Detokenizer {
+    /// The text that is certain now. Bytes that can never become a character come out as U+FFFD.
+    pub fn push(&mut self, bytes: &[u8]) -> String {
+        self.pending.extend_from_slice(bytes);
+        let mut text = String::new();
+        let mut rest = self.pending.as_slice();
+        loop {
+            match std::str::from_utf8(rest) {
+                Ok(valid) => {
+                    text.push_str(valid);
+                    rest = &[];
+                    break;
+                }
+                Err(e) => {
+                    let (valid, bad) = rest.split_at(e.valid_up_to());
+                    text.push_str(std::str::from_utf8(valid).expect("valid so far"));
+                    rest = bad;
+                    match e.error_len() {
+                        Some(length) => {
+                            text.push('\u{fffd}');
+                            rest = &rest[length..];
+                        }
+                        None => break,
+                    }
+                }
+            }
+        }
+        self.pending = rest.to_vec();
+        text
+    }
+
+    /// The end: what is left of an unfinished character.
+    pub fn finish(&mut self) -> String {
+        let rest = std::mem::take(&mut self.pending);
+        String::from_utf8_lossy(&rest).into_owned()
+    }
+}

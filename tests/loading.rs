@@ -1,0 +1,416 @@
+//! Model folders: config, checkpoint, tokenizer, chat template, delimiters; what is good is read as it is, and what is bad is
+//! refused with a message that names it.
+
+use crate::random::Random;
+use ponder::chat::{ChatTemplate, Message};
+use ponder::checkpoint::{Checkpoint, Dtype, parse_header, parse_index};
+use ponder::config::{Architecture, ModelConfig};
+use ponder::thinking::{Delimiters, ThinkingChoice};
+use ponder::tokenizer::{Detokenizer, Tokenizer};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+const MODEL: &str = "models/modulo";
+
+fn tokenizer() -> Tokenizer {
+    Tokenizer::load(Path::new(MODEL), 512).unwrap()
+}
+
+/// A folder of its own that goes with the test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("ponder-loading-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> &Folder {
+        std::fs::write(self.0.join(name), bytes).unwrap();
+        self
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The error of something that must fail, which has to mention all of `words`.
+#[track_caller]
+fn refused<T>(result: ponder::Result<T>, words: &[&str]) {
+    let Err(e) = result else { panic!("accepted; should be refused with {words:?}") };
+    let message = e.to_string();
+    for word in words {
+        assert!(message.contains(word), "{message:?} does not mention {word:?}");
+    }
+    assert_eq!(e.exit_code(), 2);
+}
+
+// ---- config.json ----
+
+fn config_json() -> Value {
+    serde_json::from_slice(&std::fs::read(format!("{MODEL}/config.json")).unwrap()).unwrap()
+}
+
+fn parse_config(value: &Value) -> ponder::Result<ModelConfig> {
+    ModelConfig::parse(value.to_string().as_bytes(), Path::new("config.json"), None, Path::new(""))
+}
+
+#[test]
+fn the_tiny_model_has_its_shape() {
+    let c = ModelConfig::load(Path::new(MODEL)).unwrap();
+    assert_eq!(c.architecture, Architecture::Qwen2);
+    assert_eq!((c.hidden_size, c.intermediate_size, c.num_layers), (256, 704, 4));
+    assert_eq!((c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size), (4, 2, 64, 512));
+    assert_eq!((c.rope_theta, c.max_position_embeddings), (10000.0, 4096));
+    assert!(c.tie_word_embeddings && c.qkv_bias && !c.qk_norm);
+    assert_eq!(c.eos_token_ids, [2, 0]);
+}
+
+#[test]
+fn both_spellings_of_rope_theta() {
+    let mut config = config_json();
+    config["rope_parameters"] = Value::Null;
+    config["rope_theta"] = json!(1e6);
+    assert_eq!(parse_config(&config).unwrap().rope_theta, 1e6);
+    config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
+    assert_eq!(parse_config(&config).unwrap().rope_theta, 5e5);
+}
+
+#[test]
+fn bad_configs_are_refused() {
+    let cases: &[(&str, Value, &[&str])] = &[
+        ("architectures", json!(["MambaForCausalLM"]), &["MambaForCausalLM", "Qwen2ForCausalLM"]),
+        ("architectures", json!("x"), &["architectures"]),
+        ("hidden_size", Value::Null, &["hidden_size", "missing"]),
+        ("hidden_size", json!(-1), &["hidden_size", "-1"]),
+        ("hidden_size", json!(1e30), &["hidden_size"]),
+        ("hidden_size", json!(u64::MAX), &["hidden_size"]),
+        ("hidden_size", json!("256"), &["hidden_size"]),
+        ("hidden_size", json!(257), &["hidden_size", "257"]),
+        ("hidden_size", json!(192), &["head_dim", "48"]),
+        ("num_key_value_heads", json!(3), &["num_key_value_heads"]),
+        ("num_attention_heads", json!(0), &["num_attention_heads"]),
+        ("intermediate_size", json!(700), &["intermediate_size", "64"]),
+        ("num_hidden_layers", json!(1.5), &["num_hidden_layers"]),
+        ("vocab_size", json!(511), &["vocab_size"]),
+        ("hidden_act", json!("gelu"), &["hidden_act", "gelu"]),
+        ("use_sliding_window", json!(true), &["use_sliding_window"]),
+        ("rms_norm_eps", json!("tiny"), &["rms_norm_eps"]),
+        ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), &["rope_parameters", "yarn"]),
+        ("rope_parameters", Value::Null, &["rope_theta", "missing"]),
+        ("rope_theta", json!([]), &["rope_theta"]),
+        ("eos_token_id", json!(512), &["eos_token_id", "512"]),
+        ("eos_token_id", json!([1, -2]), &["eos_token_id", "-2"]),
+        ("tie_word_embeddings", json!(1), &["tie_word_embeddings"]),
+    ];
+    for (field, value, words) in cases {
+        let mut config = config_json();
+        config[field] = value.clone();
+        refused(parse_config(&config), &[&["config.json"], *words].concat());
+    }
+    let parse = |text: &[u8]| ModelConfig::parse(text, Path::new("config.json"), None, Path::new(""));
+    refused(parse(b"{"), &["config.json", "JSON"]);
+    refused(parse(b"[]"), &["config.json", "object"]);
+    refused(parse(&[0xff, 0xfe]), &["config.json", "JSON"]);
+    refused(ModelConfig::load(Path::new("/nowhere")), &["/nowhere/config.json"]);
+}
+
+// ---- safetensors ----
+
+fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+#[test]
+fn the_tiny_model_has_its_tensors() {
+    let c = Checkpoint::open(Path::new(MODEL)).unwrap();
+    let embedding = c.tensor("model.embed_tokens.weight", Dtype::Bf16, &[512, 256]).unwrap();
+    assert_eq!(embedding.bytes.len(), 512 * 256 * 2);
+    assert!(!c.has("lm_head.weight"));
+    refused(c.tensor("lm_head.weight", Dtype::Bf16, &[512, 256]), &["lm_head.weight", "missing"]);
+    refused(c.tensor("model.norm.weight", Dtype::Bf16, &[255]), &["model.norm.weight", "[256]", "[255]"]);
+    refused(c.tensor("model.norm.weight", Dtype::F32, &[256]), &["model.norm.weight", "Bf16", "F32"]);
+}
+
+#[test]
+fn bad_headers_are_refused() {
+    let cases: &[(&str, &[&str])] = &[
+        (
+            r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#,
+            &["\"a\"", "twice"],
+        ),
+        (
+            r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}}"#,
+            &["\"b\"", "overlap"],
+        ),
+        (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#, &["0 to 8", "no tensor"]),
+        (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, &["8 of 16"]),
+        (r#"{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}}"#, &["\"a\"", "16 bytes"]),
+        (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}"#, &["\"a\""]),
+        (r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,16]}}"#, &["\"a\"", "[3]"]),
+        (r#"{"a":{"dtype":"F31","shape":[4],"data_offsets":[0,16]}}"#, &["F31"]),
+        (r#"{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}"#, &["\"a\"", "shape"]),
+        (r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}}"#, &["\"a\""]),
+        (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0]}}"#, &["\"a\"", "data_offsets"]),
+        (r#"{"a":{"shape":[4],"data_offsets":[0,16]}}"#, &["\"a\"", "dtype"]),
+        (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16],"x":1}}"#, &["\"a\"", "\"x\""]),
+        (r#"{"a":7}"#, &["\"a\"", "object"]),
+        ("{", &["header"]),
+        ("[]", &["header"]),
+        (r#"{} x"#, &["header"]),
+    ];
+    for (header, words) in cases {
+        let problem = parse_header(header.as_bytes(), 16).expect_err(header);
+        for word in *words {
+            assert!(problem.contains(word), "{problem:?} does not mention {word:?}");
+        }
+    }
+    let good = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}"#;
+    assert_eq!(parse_header(good.as_bytes(), 16).unwrap()[0].1.shape, [2, 2]);
+}
+
+#[test]
+fn bad_files_are_refused() {
+    let folder = Folder::new("files");
+    let good = safetensors(r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#, &[0; 16]);
+    refused(Checkpoint::open(Path::new("/nowhere")), &["/nowhere", "no such model folder"]);
+    refused(Checkpoint::open(&folder.0), &["model.safetensors"]);
+    let cases: &[(&[u8], &[&str])] = &[
+        (b"", &["model.safetensors", "truncated"]),
+        (b"1234567", &["truncated"]),
+        (&u64::MAX.to_le_bytes(), &["header claims"]),
+        (&good[..40], &["header claims"]),
+        (&good[..good.len() - 1], &["\"a\"", "15 bytes"]),
+        (&safetensors("\u{feff}{}", &[]), &["header"]),
+    ];
+    for (bytes, words) in cases {
+        folder.write("model.safetensors", bytes);
+        refused(Checkpoint::open(&folder.0), words);
+    }
+    folder.write("model.safetensors", &good);
+    assert!(Checkpoint::open(&folder.0).unwrap().has("a"));
+}
+
+#[test]
+fn shards() {
+    let folder = Folder::new("shards");
+    let shard = |name: &str| {
+        safetensors(&format!(r#"{{"{name}":{{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}}}"#), b"1234")
+    };
+    folder.write("1.safetensors", shard("a")).write("2.safetensors", shard("b"));
+    let index = |a: &str, b: &str| json!({"weight_map": {"a": a, "b": b}}).to_string();
+    folder.write("model.safetensors.index.json", index("1.safetensors", "2.safetensors"));
+    let checkpoint = Checkpoint::open(&folder.0).unwrap();
+    assert_eq!(checkpoint.tensor("b", Dtype::U8, &[4]).unwrap().bytes, b"1234");
+    assert_eq!(checkpoint.bytes(), 8);
+
+    folder.write("model.safetensors.index.json", index("1.safetensors", "1.safetensors"));
+    refused(Checkpoint::open(&folder.0), &["\"b\"", "1.safetensors"]);
+    folder.write("model.safetensors.index.json", index("1.safetensors", "3.safetensors"));
+    refused(Checkpoint::open(&folder.0), &["3.safetensors"]);
+    folder.write("2.safetensors", shard("a"));
+    folder.write("model.safetensors.index.json", index("1.safetensors", "2.safetensors"));
+    refused(Checkpoint::open(&folder.0), &["\"a\"", "another shard"]);
+    for outside in ["../1.safetensors", "/etc/1.safetensors", "x/1.safetensors", ".safetensors", "1.bin"] {
+        let problem = parse_index(index(outside, "2.safetensors").as_bytes()).expect_err(outside);
+        assert!(problem.contains(outside), "{problem}");
+    }
+    assert!(parse_index(b"{}").unwrap_err().contains("weight_map"));
+}
+
+// ---- tokenizer ----
+
+#[test]
+fn fixture_prompts_have_their_ids() {
+    let fixtures: Value = serde_json::from_slice(&std::fs::read(format!("{MODEL}/fixtures.json")).unwrap()).unwrap();
+    let tokenizer = tokenizer();
+    for case in fixtures["cases"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["prompt_ids"].clone()).unwrap();
+        assert_eq!(tokenizer.encode(text).unwrap(), ids);
+        assert_eq!(tokenizer.decode(&ids), text);
+    }
+    assert_eq!(tokenizer.real_tokens(), 382);
+    assert_eq!(tokenizer.vocab_size(), 512);
+}
+
+#[test]
+fn a_tokenizer_must_fit_its_model() {
+    refused(Tokenizer::load(Path::new(MODEL), 380).map(|_| ()), &["tokenizer.json", "vocab_size is 380"]);
+    refused(Tokenizer::load(Path::new("/nowhere"), 512).map(|_| ()), &["/nowhere/tokenizer.json"]);
+    let folder = Folder::new("tokenizer");
+    folder.write("tokenizer.json", "{}");
+    refused(Tokenizer::load(&folder.0, 512).map(|_| ()), &["tokenizer.json"]);
+}
+
+#[test]
+fn characters_are_never_split() {
+    let tokenizer = tokenizer();
+    let mut random = Random(7);
+    let alphabet =
+        ['a', ' ', '\n', '\u{e9}', '\u{4e2d}', '\u{1f914}', '\u{1f468}', '\u{200d}', '7', '\u{7ff}', '\u{fffd}'];
+    for _ in 0..500 {
+        let text: String =
+            (0..random.below(20)).map(|_| alphabet[random.below(alphabet.len() as u32) as usize]).collect();
+        let mut detokenizer = Detokenizer::default();
+        let mut out = String::new();
+        for id in tokenizer.encode(&text).unwrap() {
+            out += &detokenizer.push(tokenizer.token_bytes(id));
+            assert!(text.starts_with(&out), "{out:?} is not the beginning of {text:?}");
+        }
+        out += &detokenizer.finish();
+        assert_eq!(out, text);
+    }
+    let mut broken = Detokenizer::default();
+    assert_eq!(broken.push(&[b'a', 0xf0, 0x9f]), "a");
+    assert_eq!(broken.push(b"b"), "\u{fffd}b");
+    assert_eq!(broken.push(&[0xe4, 0xb8]), "");
+    assert_eq!(broken.finish(), "\u{fffd}");
+}
+
+#[test]
+fn traits_follow_the_bytes() {
+    let tokenizer = tokenizer();
+    let traits = tokenizer.traits();
+    assert_eq!(traits.len(), 512);
+    // The truth, by decoding: after any sequence of tokens, the bytes that are missing.
+    let mut random = Random(3);
+    for _ in 0..2000 {
+        let text: String = (0..3).map(|_| ['x', '\u{e9}', '\u{4e2d}', '\u{1f914}'][random.below(4) as usize]).collect();
+        let (mut missing, mut bytes) = (0u8, Vec::new());
+        for id in tokenizer.encode(&text).unwrap() {
+            bytes.extend_from_slice(tokenizer.token_bytes(id));
+            let t = traits[id as usize];
+            let continuation = t >> 2 & 7;
+            missing = if continuation > 0 { missing.saturating_sub(continuation) } else { t & 3 };
+            let whole = match std::str::from_utf8(&bytes) {
+                Ok(_) => true,
+                Err(e) => e.error_len().is_some(),
+            };
+            assert_eq!(missing == 0, whole, "{text:?} after {bytes:?}");
+        }
+    }
+    for id in 0..512u32 {
+        let bytes = tokenizer.token_bytes(id);
+        assert_eq!(traits[id as usize] & 64 != 0, !bytes.is_empty());
+        assert_eq!(traits[id as usize] & 32 != 0, bytes.ends_with(b"\n"));
+    }
+}
+
+// ---- chat template ----
+
+fn template(source: &str) -> ponder::Result<ChatTemplate> {
+    ChatTemplate::parse(source.into(), Path::new("chat.jinja"), "<s>".into(), "</s>".into())
+}
+
+fn render(source: &str) -> ponder::Result<String> {
+    let extra = json!({"x": {"a": [1, "\u{e9}<\n", null, 1.5, {}], "b": true}});
+    template(source)?.render(&[Message::new("user", "Hi")], true, extra.as_object().unwrap())
+}
+
+#[test]
+fn the_tiny_models_prompt() {
+    let template = ChatTemplate::load(Path::new(MODEL)).unwrap().unwrap();
+    let prompt = template.render(&[Message::new("user", "Q?")], true, &serde_json::Map::new()).unwrap();
+    assert_eq!(
+        prompt,
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n\
+         <|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n"
+    );
+}
+
+#[test]
+fn hugging_faces_dialect() {
+    let cases = [
+        ("{{ bos_token }}{{ messages[0].content.upper() }}{{ eos_token }}", "<s>HI</s>"),
+        ("{% if add_generation_prompt %}\n  yes\n{% endif %}\n", "  yes\n"),
+        ("{{ x | tojson }}", "{\"a\": [1, \"\u{e9}<\\n\", null, 1.5, {}], \"b\": true}"),
+        ("{{ x.b | tojson }} {{ [] | tojson }}", "true []"),
+        ("{{ {'k': [1]} | tojson(indent=2) }}", "{\n  \"k\": [\n    1\n  ]\n}"),
+        ("{{ '\u{e9}' | tojson(ensure_ascii=true) }}", "\"\\u00e9\""),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}.", "."),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ 'a,b'.split(',')[1] }}", "b"),
+    ];
+    for (source, expected) in cases {
+        assert_eq!(render(source).unwrap(), expected, "{source}");
+    }
+}
+
+#[test]
+fn bad_templates_are_refused() {
+    let cases: &[(&str, &[&str])] = &[
+        ("{% if %}", &["chat.jinja", "line 1"]),
+        ("\n{{ raise_exception('no system message') }}", &["no system message", "line 2"]),
+        ("{{ messages.nothing() }}", &["chat.jinja"]),
+        ("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}", &["chat.jinja"]),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", &["chat.jinja"]),
+        ("{{ strftime_now('%Q%!') }}", &["strftime_now"]),
+        ("{{ 1 | nofilter }}", &["nofilter"]),
+    ];
+    for (source, words) in cases {
+        refused(render(source), words);
+    }
+    let folder = Folder::new("template");
+    assert!(ChatTemplate::load(&folder.0).unwrap().is_none());
+    folder.write("tokenizer_config.json", "{");
+    refused(ChatTemplate::load(&folder.0).map(|_| ()), &["tokenizer_config.json"]);
+    folder.write("tokenizer_config.json", r#"{"chat_template": [{"name": "tool", "template": "x"}]}"#);
+    refused(ChatTemplate::load(&folder.0).map(|_| ()), &["default"]);
+    folder.write("tokenizer_config.json", r#"{"chat_template": "x", "bos_token": {"content": "B"}}"#);
+    folder.write("chat_template.jinja", "{{ bos_token }}");
+    let found = ChatTemplate::load(&folder.0).unwrap().unwrap();
+    assert_eq!(found.render(&[], false, &serde_json::Map::new()).unwrap(), "B");
+}
+
+// ---- delimiters ----
+
+#[test]
+fn s1s_delimiters() {
+    let tokenizer = tokenizer();
+    let text = |ids: &[u32]| tokenizer.decode(ids);
+    let auto = Delimiters::resolve(&ThinkingChoice::Auto, Path::new(MODEL), &tokenizer).unwrap().unwrap();
+    let s1 = Delimiters::resolve(&ThinkingChoice::S1, Path::new("/nowhere"), &tokenizer).unwrap().unwrap();
+    assert_eq!(auto, s1);
+    assert_eq!(text(&s1.start), "<|im_start|>think");
+    assert_eq!(s1.end, [1]);
+    assert_eq!(text(&s1.close), "<|im_start|>answer");
+    assert_eq!(text(&s1.end_string), "<|im_start|>answer\nFinal Answer:");
+    assert_eq!(text(&[s1.newline.unwrap()]), "\n");
+    assert_eq!(text(&s1.ignore_strings[0]), "Wait");
+    assert!(s1.start_in_prompt);
+}
+
+#[test]
+fn delimiters_that_cannot_be_had() {
+    let tokenizer = tokenizer();
+    let resolve = |choice: &ThinkingChoice, folder: &Path| Delimiters::resolve(choice, folder, &tokenizer);
+    refused(resolve(&ThinkingChoice::ThinkTags, Path::new(MODEL)), &["<think>"]);
+    assert_eq!(resolve(&ThinkingChoice::None, Path::new(MODEL)).unwrap(), None);
+    assert_eq!(resolve(&ThinkingChoice::Auto, Path::new("/nowhere")).unwrap(), None);
+    let explicit = |start: &str, end: &str| {
+        resolve(&ThinkingChoice::Explicit { start: start.into(), end: end.into() }, Path::new(MODEL))
+    };
+    assert_eq!(tokenizer.decode(&explicit("[think]", "[/think]").unwrap().unwrap().end), "[/think]");
+    refused(explicit("a", ""), &["thinking-end"]);
+    refused(explicit("a", "zqzqzqzqzqzqzqzqzqzq"), &["end", "at most 8"]);
+
+    let folder = Folder::new("thinking");
+    let cases: &[(&str, &[&str])] = &[
+        ("{", &["thinking.json"]),
+        (r#"{"start": "a"}"#, &["thinking.json", "end"]),
+        (r#"{"start": "a", "end": ""}"#, &["thinking.json", "end"]),
+        (r#"{"start": "a", "end": "b", "budget": 1}"#, &["budget"]),
+        (r#"{"start": "a", "end": "b", "close": "c"}"#, &["close"]),
+        (r#"{"start": "a", "end": "b", "ignore_strings": ["1","2","3","4","5","6","7","8","9"]}"#, &["ignore_strings"]),
+        (&json!({"start": "a", "end": "b", "end_string": "7".repeat(65)}).to_string(), &["end_string", "at most 64"]),
+    ];
+    for (text, words) in cases {
+        folder.write("thinking.json", text);
+        refused(resolve(&ThinkingChoice::Auto, &folder.0), words);
+    }
+}
