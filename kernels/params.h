@@ -30,6 +30,7 @@ enum {
   SAMPLE_THREADS = 512,
 
   // Dynamic shared memory, bytes.
+  NORM_SHARED = 128,
   GEMM_SHARED_N128 = 229472,
   GEMM_SHARED_N256 = 229440,
   GEMV_SHARED_M8 = 92256,
@@ -239,7 +240,7 @@ typedef struct __attribute__((aligned(64))) GemmParams {
 // gemv_*: c = x w^T for decode (1 to 16 rows): streams w once. The same w and the same map of it as the prefill product
 // but for the box; k a multiple of 64, n of 16. Epilogues: none, bias, silu (interleaved as above), logits (fp32 out).
 // The steps of 128 k of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts are
-// summed in order by the last block that finishes one.
+// summed in order by the last block that finishes one. The grid has at most as many blocks as there are such steps.
 typedef struct __attribute__((aligned(64))) GemvParams {
   TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128
   TensorMap x_map;       // x [rows][k], box 64 (k) x 8 or 16 rows, swizzle 128
