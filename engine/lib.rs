@@ -10,6 +10,8 @@ pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod scheduler;
+pub mod sequence;
+pub mod telemetry;
 pub mod thinking;
 pub mod tokenizer;
 

@@ -4,3 +4,4 @@ mod layout;
 mod loading;
 mod random;
 mod scheduler;
+mod sequence;

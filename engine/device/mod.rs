@@ -18,6 +18,19 @@ pub enum DeviceChoice {
     Cuda(u32),
 }
 
+impl std::str::FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<DeviceChoice> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("auto", _) => Ok(DeviceChoice::Auto),
+            ("host", _) => Ok(DeviceChoice::Host),
+            (_, Some(Ok(ordinal))) => Ok(DeviceChoice::Cuda(ordinal)),
+            _ => Err(Error::Usage(format!("--device {text}: write host, cuda:N (cuda:0 is the first GPU) or auto"))),
+        }
+    }
+}
+
 /// A handle that clones cheaply. All work goes into one stream, in order.
 #[derive(Clone)]
 pub struct Device(Arc<Target>);
@@ -202,7 +215,10 @@ impl Device {
         on!(self, d => d.time(launch))
     }
 
-    pub fn tensor_map<const RANK: usize>(&self, spec: &TensorMapSpec<RANK>) -> Result<crate::kernels::params::TensorMap> {
+    pub fn tensor_map<const RANK: usize>(
+        &self,
+        spec: &TensorMapSpec<RANK>,
+    ) -> Result<crate::kernels::params::TensorMap> {
         const { assert!(RANK >= 1 && RANK <= 4) };
         let bad = |problem: &str| Err(Error::Device(format!("tensor map: {problem}: {spec:?}")));
         if !spec.address.is_multiple_of(16) || spec.strides[1..].iter().any(|s| !s.is_multiple_of(16)) {
