@@ -1,0 +1,310 @@
+//! The host target: launches run on the SIMT machine (kernels/simt). A thread of its own takes work off a queue in order, so
+//! that enqueueing returns at once, as on a GPU. Must not know what any kernel computes.
+
+use super::{KernelEntry, Launch, TensorMapSpec, cuda};
+use crate::kernels::params::TensorMap;
+use crate::{Error, Result};
+use std::collections::VecDeque;
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::{Arc, Condvar, Mutex};
+
+/// kernels/simt/simt.h in Rust.
+#[allow(non_camel_case_types, dead_code)]
+mod simt {
+    include!(concat!(env!("OUT_DIR"), "/simt.rs"));
+}
+
+/// The order in which the SIMT machine runs the threads of a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    #[default]
+    Ascending,
+    Descending,
+    Random,
+}
+
+/// How the SIMT machine runs.
+#[derive(Clone, Copy, Debug)]
+pub struct HostOptions {
+    /// Run the instrumented kernels with every check on: slow, and hostile.
+    pub checked: bool,
+    pub order: Order,
+    /// Of the random order and of the delays of asynchronous work.
+    pub seed: u32,
+    /// OS threads.
+    pub workers: u32,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        let workers = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        HostOptions { checked: false, order: Order::Ascending, seed: 1, workers }
+    }
+}
+
+impl HostOptions {
+    /// With every check on.
+    pub fn checked(order: Order, seed: u32) -> Self {
+        HostOptions { checked: true, order, seed, ..HostOptions::default() }
+    }
+}
+
+pub struct HostDevice {
+    options: HostOptions,
+    queue: Arc<Queue>,
+    thread: Option<std::thread::JoinHandle<()>>,
+    capture: Mutex<Option<Vec<Launch>>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    state: Mutex<QueueState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    work: VecDeque<Work>,
+    /// Something is being worked on.
+    busy: bool,
+    closed: bool,
+    failure: Option<String>,
+}
+
+enum Work {
+    Launch(Launch),
+    Upload(u64, Box<[u8]>),
+    Fill(u64, usize, u8),
+}
+
+impl HostDevice {
+    pub fn new(options: HostOptions) -> HostDevice {
+        let queue = Arc::new(Queue::default());
+        let theirs = queue.clone();
+        let thread = std::thread::Builder::new()
+            .name("host-stream".into())
+            .spawn(move || stream(&theirs, options))
+            .expect("a thread for the host target");
+        HostDevice { options, queue, thread: Some(thread), capture: Mutex::default() }
+    }
+
+    pub fn describe(&self) -> String {
+        let checked = if self.options.checked { ", every access checked" } else { "" };
+        format!("host target (SIMT machine on {} cores{checked})", self.options.workers)
+    }
+
+    /// Of the machine: free as Linux estimates it.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let field = |name: &str| {
+            let line = text.lines().find(|l| l.starts_with(name))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+        };
+        // Elsewhere nobody says: then allocation itself decides.
+        Ok((field("MemAvailable:").unwrap_or(u64::MAX), field("MemTotal:").unwrap_or(u64::MAX)))
+    }
+
+    pub fn processors(&self) -> u32 {
+        4
+    }
+
+    pub fn alloc(&self, bytes: usize) -> Result<u64> {
+        // SAFETY: plain allocation; null is checked.
+        let memory = unsafe { simt::simt_alloc(bytes as u64) };
+        if memory.is_null() {
+            return Err(Error::Device(format!("not enough memory: {bytes} bytes more could not be had")));
+        }
+        Ok(memory as u64)
+    }
+
+    pub fn free(&self, address: u64) {
+        let _ = self.drain();
+        // SAFETY: `address` comes from `alloc`, and nothing enqueued uses it any more.
+        unsafe { simt::simt_free(address as *mut c_void) };
+    }
+
+    pub fn alloc_pinned(&self, bytes: usize) -> Result<(*mut u8, u64)> {
+        let address = self.alloc(bytes)?;
+        Ok((address as *mut u8, address))
+    }
+
+    pub fn free_pinned(&self, host: *mut u8, _bytes: usize) {
+        self.free(host as u64);
+    }
+
+    pub fn upload(&self, address: u64, data: &[u8]) -> Result<()> {
+        self.push(Work::Upload(address, data.into()))
+    }
+
+    pub fn fill(&self, address: u64, bytes: usize, value: u8) -> Result<()> {
+        self.push(Work::Fill(address, bytes, value))
+    }
+
+    pub fn download(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        self.synchronize()?;
+        // SAFETY: the range lies in a live allocation (checked by the caller against the buffer), and the stream is idle.
+        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, data.as_mut_ptr(), data.len()) };
+        Ok(())
+    }
+
+    pub fn launch(&self, launch: &Launch) -> Result<()> {
+        if let Some(recorded) = self.capture.lock().unwrap().as_mut() {
+            recorded.push(launch.clone());
+            return Ok(());
+        }
+        self.push(Work::Launch(launch.clone()))
+    }
+
+    pub fn begin_capture(&self) -> Result<()> {
+        let before = self.capture.lock().unwrap().replace(Vec::new());
+        assert!(before.is_none(), "already capturing");
+        Ok(())
+    }
+
+    pub fn end_capture(&self) -> Result<(Vec<Launch>, Option<cuda::GraphExec>)> {
+        let recorded = self.capture.lock().unwrap().take().expect("capturing");
+        Ok((recorded, None))
+    }
+
+    pub fn synchronize(&self) -> Result<()> {
+        self.drain()?;
+        // SAFETY: no launch is running.
+        unsafe { simt::simt_sync() };
+        Ok(())
+    }
+
+    /// Seconds that one launch takes.
+    pub fn time(&self, launch: &Launch) -> Result<f64> {
+        self.synchronize()?;
+        let start = std::time::Instant::now();
+        self.push(Work::Launch(launch.clone()))?;
+        self.drain()?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    pub fn tensor_map<const RANK: usize>(&self, spec: &TensorMapSpec<RANK>) -> Result<TensorMap> {
+        let mut map = simt::SimtTensorMap {
+            base: spec.address,
+            rank: RANK as u32,
+            element_bytes: 2,
+            swizzle: spec.swizzle as u32,
+            magic: simt::SIMT_MAP_MAGIC,
+            ..Default::default()
+        };
+        for i in 0..RANK {
+            map.dims[i] = u32::try_from(spec.dims[i]).expect("dimensions fit 32 bits");
+            map.box_[i] = spec.r#box[i];
+            if i > 0 {
+                map.strides[i - 1] = spec.strides[i];
+            }
+        }
+        const { assert!(size_of::<simt::SimtTensorMap>() <= size_of::<TensorMap>()) };
+        let mut opaque = TensorMap::default();
+        // SAFETY: plain data, and the target is large enough.
+        unsafe { std::ptr::write_unaligned((&raw mut opaque).cast(), map) };
+        Ok(opaque)
+    }
+
+    fn push(&self, work: Work) -> Result<()> {
+        let mut state = self.queue.state.lock().unwrap();
+        if let Some(failure) = &state.failure {
+            return Err(Error::Kernel(failure.clone()));
+        }
+        state.work.push_back(work);
+        self.queue.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until the queue is empty and nothing runs.
+    fn drain(&self) -> Result<()> {
+        let mut state = self.queue.state.lock().unwrap();
+        while state.busy || !state.work.is_empty() {
+            state = self.queue.changed.wait(state).unwrap();
+        }
+        match &state.failure {
+            Some(failure) => Err(Error::Kernel(failure.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for HostDevice {
+    fn drop(&mut self) {
+        self.queue.state.lock().unwrap().closed = true;
+        self.queue.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The stream's thread: one piece of work after the other; after a failure the rest is dropped.
+fn stream(queue: &Queue, options: HostOptions) {
+    let mut state = queue.state.lock().unwrap();
+    loop {
+        let Some(work) = state.work.pop_front() else {
+            if state.closed {
+                return;
+            }
+            state = queue.changed.wait(state).unwrap();
+            continue;
+        };
+        state.busy = true;
+        drop(state);
+        let result = perform(work, options);
+        state = queue.state.lock().unwrap();
+        state.busy = false;
+        if let Err(problem) = result {
+            state.failure = Some(problem);
+            state.work.clear();
+        }
+        if state.work.is_empty() {
+            queue.changed.notify_all();
+        }
+    }
+}
+
+fn perform(work: Work, options: HostOptions) -> std::result::Result<(), String> {
+    match work {
+        // SAFETY: the range lies in a live allocation: checked on enqueueing, and `free` waits for the queue.
+        Work::Upload(address, data) => unsafe {
+            std::ptr::copy_nonoverlapping(data.as_ptr(), address as *mut u8, data.len())
+        },
+        // SAFETY: as above.
+        Work::Fill(address, bytes, value) => unsafe { std::ptr::write_bytes(address as *mut u8, value, bytes) },
+        Work::Launch(launch) => return run(&launch, options),
+    }
+    Ok(())
+}
+
+fn run(launch: &Launch, options: HostOptions) -> std::result::Result<(), String> {
+    let kernel: &KernelEntry = launch.kernel;
+    let function = if options.checked { kernel.checked } else { kernel.host };
+    let request = simt::SimtLaunch {
+        name: kernel.name.as_ptr(),
+        kernel: Some(function),
+        params: launch.params.as_ptr().cast(),
+        grid: launch.grid,
+        cluster: launch.cluster,
+        threads: kernel.threads,
+        shared_bytes: launch.shared_bytes,
+        pdl: launch.pdl as u32,
+        checked: options.checked as u32,
+        order: match options.order {
+            Order::Ascending => simt::SIMT_ASCENDING,
+            Order::Descending => simt::SIMT_DESCENDING,
+            Order::Random => simt::SIMT_RANDOM,
+        },
+        seed: options.seed,
+        workers: options.workers,
+        ..Default::default()
+    };
+    let mut report = [0 as c_char; 2048];
+    // SAFETY: `function` takes the params that `launch` holds (kernels.rs pairs them), and the report's size is its own.
+    let failed = unsafe { simt::simt_run(&request, report.as_mut_ptr(), report.len() as u64) } != 0;
+    if failed {
+        // SAFETY: the machine ends its report with a NUL within the capacity.
+        return Err(unsafe { CStr::from_ptr(report.as_ptr()) }.to_string_lossy().into_owned());
+    }
+    Ok(())
+}
