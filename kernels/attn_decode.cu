@@ -1,0 +1,377 @@
+// attn_decode: attention of one query token per row over its paged K and V.
+//
+// The work is rows x kv heads x pages, in this order; the grid's blocks share it out evenly, each taking one contiguous
+// span (computed by every block from row_position, so that a captured launch follows the growing sequences). A span
+// falls into segments, each a run of pages of one (row, kv head) pair. A pair inside one block is written out directly;
+// of a pair cut between blocks each writes a partial result, and the last one to finish merges them in order of the
+// blocks, so the result does not depend on which one was last.
+//
+// Within a block, warp 4 streams tiles (64 tokens of K, then the same of V) through a ring by TMA. Warps 0 to 3 each
+// own 16 tokens of every page: S = Q K^T and O += P V by mma.sync with the heads of the group as the 16 rows of A
+// (group <= 16), P never leaving registers; at a segment's end the four are merged in order. 64 KiB in flight per block
+// is what HBM needs, and two blocks fit on a processor together.
+//
+// Masking: only the page with the newest token has tokens behind the end. Their K may be anything; their V must be
+// finite (P is 0 there): pools are zeroed at the start and only ever hold what rope_append wrote.
+//
+// Grid: any number of blocks (one per processor is right); workspace grid_x * 2 partial results; shared memory
+// ATTN_DECODE_SHARED_D64 / _D128. A block with no work returns at once.
+#include "attention.cuh"
+
+constexpr int kComputeWarps = 4;
+constexpr int kComputeThreads = kComputeWarps * kWarp;
+constexpr int kSliceTokens = PAGE_TOKENS / kComputeWarps;
+constexpr int kGroupRows = 16;  // rows of A
+constexpr int kMergeBarrier = 1;
+static_assert(ATTN_DECODE_THREADS == kComputeThreads + kWarp, "four compute warps and one that loads");
+
+template <int kHeadDim>
+struct DecodeShared {
+  static constexpr int kTileBytes = PAGE_TOKENS * kHeadDim * 2;
+  static constexpr int kStages = 65536 / kTileBytes;
+  static constexpr int kMergeColumns = kHeadDim + 8;  // 8 more: rows start in different banks
+
+  uint8_t ring[kStages][kTileBytes];  // [panel][token][64], swizzled; K and V by turns
+  float out[kComputeWarps][kGroupRows][kMergeColumns];
+  float max[kComputeWarps][kGroupRows];
+  float sum[kComputeWarps][kGroupRows];
+  Barrier full[kStages], empty[kStages];
+  uint32_t is_last;
+};
+static_assert(sizeof(DecodeShared<64>) == ATTN_DECODE_SHARED_D64, "");
+static_assert(sizeof(DecodeShared<128>) == ATTN_DECODE_SHARED_D128, "");
+
+// ---- sharing out the work; a unit is one page of one kv head of one row ----
+
+DEVICE int pages_of(const AttnDecodeParams& p, int row) {
+  const int position = p.row_position[row];
+  return position < 0 ? 0 : position / PAGE_TOKENS + 1;
+}
+
+// The units of this block, and how far it has come.
+struct Span {
+  int share;  // units per block
+  int unit, end;
+  int row, pages;  // the row of `unit`
+  int row_start;   // its first unit
+};
+
+DEVICE Span span_of_block(const AttnDecodeParams& p) {
+  int units = 0;
+  for (int row = 0; row < p.rows; row++) units += pages_of(p, row) * p.kv_heads;
+  Span s;
+  s.share = ceil_div(units, grid_x());
+  s.unit = min_int(block_x() * s.share, units);
+  s.end = min_int(s.unit + s.share, units);
+  s.row = 0, s.row_start = 0;
+  s.pages = pages_of(p, 0);
+  return s;
+}
+
+// Pages [first, last) of a pair, whose units begin at pair_start.
+struct Segment {
+  int row, kv_head, pages, first, last, pair_start;
+};
+
+DEVICE bool next_segment(const AttnDecodeParams& p, Span& s, Segment& segment) {
+  if (s.unit == s.end) return false;
+  while (s.unit >= s.row_start + s.pages * p.kv_heads) {
+    s.row_start += s.pages * p.kv_heads;
+    s.pages = pages_of(p, ++s.row);
+  }
+  segment.row = s.row;
+  segment.pages = s.pages;
+  segment.kv_head = (s.unit - s.row_start) / s.pages;
+  segment.pair_start = s.row_start + segment.kv_head * s.pages;
+  segment.first = s.unit - segment.pair_start;
+  segment.last = min_int(s.pages, s.end - segment.pair_start);
+  s.unit = segment.pair_start + segment.last;
+  return true;
+}
+
+// ---- the loading warp ----
+
+template <int kHeadDim>
+DEVICE void load_tile(DecodeShared<kHeadDim>& shared, const RingPosition<DecodeShared<kHeadDim>::kStages>& ring,
+                      const TensorMap* map, int kv_head, int page) {
+  constexpr int kTileBytes = DecodeShared<kHeadDim>::kTileBytes;
+  constexpr int kPanelBytes = PAGE_TOKENS * kRowBytes;
+  Barrier* full = &shared.full[ring.stage];
+  mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+  mbarrier_arrive_expect_tx(full, kTileBytes);
+  UNROLL for (int panel = 0; panel < kHeadDim / kPanelColumns; panel++) tma_load(
+      shared.ring[ring.stage] + panel * kPanelBytes, map, full, kEvictFirst, panel * kPanelColumns, 0, kv_head, page);
+}
+
+template <int kHeadDim>
+DEVICE void load_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, Span span) {
+  RingPosition<DecodeShared<kHeadDim>::kStages> ring;
+  Segment segment;
+  while (next_segment(p, span, segment)) {
+    const int* table = p.block_table + (size_t)p.row_slot[segment.row] * p.max_pages;
+    for (int i = segment.first; i < segment.last; i++) {
+      const int page = table[i];
+      load_tile(shared, ring, &p.k_map, segment.kv_head, page);
+      advance(ring);
+      load_tile(shared, ring, &p.v_map, segment.kv_head, page);
+      advance(ring);
+    }
+  }
+}
+
+// ---- the compute warps ----
+
+// What a warp holds of a segment: rows lane / 4 and + 8 of the group, columns as mma_m16n8k16 lays them out.
+template <int kHeadDim>
+struct Attention {
+  float out[kHeadDim / 8][4];
+  float max[2];  // of the scores before scaling
+  float sum[2];  // of this lane's columns only
+};
+
+// Q of the pair as A fragments; rows behind the group are zero.
+template <int kHeadDim>
+DEVICE void load_q(const AttnDecodeParams& p, const Segment& segment, int group, uint32_t (&q)[kHeadDim / 16][4]) {
+  const uint16_t* base =
+      p.q + ((size_t)segment.row * p.q_heads + segment.kv_head * group) * kHeadDim + 2 * (lane_id() % 4);
+  UNROLL for (int i = 0; i < 2; i++) {
+    const int head = lane_id() / 4 + 8 * i;
+    const uint32_t* row = (const uint32_t*)(base + head * kHeadDim);
+    UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
+      q[k][i] = head < group ? row[8 * k] : 0;
+      q[k][i + 2] = head < group ? row[8 * k + 4] : 0;
+    }
+  }
+}
+
+// S = Q K^T for the warp's 16 tokens of a tile.
+template <int kHeadDim>
+DEVICE void scores(const uint8_t* tile, const uint32_t (&q)[kHeadDim / 16][4], float (&s)[2][4]) {
+  const int token = warp_id() * kSliceTokens + lane_id() / 16 * 8 + lane_id() % 8;
+  UNROLL for (int j = 0; j < 2; j++) UNROLL for (int i = 0; i < 4; i++) s[j][i] = 0.f;
+  UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
+    uint32_t b[4];
+    ldmatrix_x4(b, tile + swizzled(PAGE_TOKENS, token, 2 * k + lane_id() / 8 % 2));
+    mma_m16n8k16(s[0], q[k], b[0], b[1]);
+    mma_m16n8k16(s[1], q[k], b[2], b[3]);
+  }
+}
+
+// Online softmax: scores to probabilities relative to the new maximum, as the A fragment of P V; `a` is rescaled to it.
+template <int kHeadDim>
+DEVICE void softmax(float (&s)[2][4], float scale_log2, Attention<kHeadDim>& a, uint32_t (&probabilities)[4]) {
+  UNROLL for (int i = 0; i < 2; i++) {
+    const float tile_max = fmaxf(fmaxf(s[0][2 * i], s[0][2 * i + 1]), fmaxf(s[1][2 * i], s[1][2 * i + 1]));
+    const float max = fmaxf(a.max[i], quad_max(tile_max));
+    const float rescale = exp2_approx((a.max[i] - max) * scale_log2);
+    a.max[i] = max;
+    a.sum[i] *= rescale;
+    UNROLL for (int j = 0; j < kHeadDim / 8; j++) {
+      a.out[j][2 * i] *= rescale;
+      a.out[j][2 * i + 1] *= rescale;
+    }
+    UNROLL for (int j = 0; j < 2; j++) {
+      const float low = exp2_approx((s[j][2 * i] - max) * scale_log2);
+      const float high = exp2_approx((s[j][2 * i + 1] - max) * scale_log2);
+      a.sum[i] += low + high;
+      probabilities[2 * j + i] = pack_bf16x2(low, high);
+    }
+  }
+}
+
+// O += P V for the warp's 16 tokens of a tile.
+template <int kHeadDim>
+DEVICE void accumulate(const uint8_t* tile, const uint32_t (&probabilities)[4], Attention<kHeadDim>& a) {
+  const int token = warp_id() * kSliceTokens + lane_id() / 8 % 2 * 8 + lane_id() % 8;
+  UNROLL for (int j = 0; j < kHeadDim / 16; j++) {
+    uint32_t b[4];
+    ldmatrix_x4_trans(b, tile + swizzled(PAGE_TOKENS, token, 2 * j + lane_id() / 16));
+    mma_m16n8k16(a.out[2 * j], probabilities, b[0], b[1]);
+    mma_m16n8k16(a.out[2 * j + 1], probabilities, b[2], b[3]);
+  }
+}
+
+DEVICE void release(Barrier* empty) {
+  sync_warp();
+  if (lane_id() == 0) mbarrier_arrive(empty);
+}
+
+template <int kHeadDim>
+DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, const Segment& segment, int group,
+                   RingPosition<DecodeShared<kHeadDim>::kStages>& ring, Attention<kHeadDim>& a) {
+  const float scale_log2 = p.scale * kLog2e;
+  const int length = p.row_position[segment.row] + 1;
+  uint32_t q[kHeadDim / 16][4];
+  load_q<kHeadDim>(p, segment, group, q);
+  UNROLL for (int i = 0; i < 2; i++) a.max[i] = kLowest, a.sum[i] = 0.f;
+  UNROLL for (int j = 0; j < kHeadDim / 8; j++) UNROLL for (int i = 0; i < 4; i++) a.out[j][i] = 0.f;
+
+  for (int page = segment.first; page < segment.last; page++) {
+    const int valid = length - page * PAGE_TOKENS - warp_id() * kSliceTokens;  // tokens of the warp's slice, if not all
+    float s[2][4];
+    uint32_t probabilities[4];
+
+    mbarrier_wait(&shared.full[ring.stage], ring.parity);
+    if (valid > 0) scores<kHeadDim>(shared.ring[ring.stage], q, s);
+    release(&shared.empty[ring.stage]);
+    advance(ring);
+
+    if (valid < kSliceTokens)
+      UNROLL for (int j = 0; j < 2; j++)
+          UNROLL for (int i = 0; i < 4; i++) if (8 * j + 2 * (lane_id() % 4) + i % 2 >= valid) s[j][i] = -INFINITY;
+    if (valid > 0) softmax(s, scale_log2, a, probabilities);
+
+    mbarrier_wait(&shared.full[ring.stage], ring.parity);
+    if (valid > 0) accumulate(shared.ring[ring.stage], probabilities, a);
+    release(&shared.empty[ring.stage]);
+    advance(ring);
+  }
+  UNROLL for (int i = 0; i < 2; i++) a.sum[i] = quad_sum(a.sum[i]);
+}
+
+// ---- merging; a thread's item is 8 columns of one row of the group ----
+
+template <int kHeadDim>
+DEVICE uint16_t* out_item(const AttnDecodeParams& p, const Segment& segment, int group, int row, int column) {
+  return p.out + ((size_t)segment.row * p.q_heads + segment.kv_head * group + row) * kHeadDim + column;
+}
+
+// A partial result: [group][head_dim + 2], output, maximum, sum.
+template <int kHeadDim>
+DEVICE float* partial_row(const AttnDecodeParams& p, int group, int index, int row) {
+  return p.partial + ((size_t)index * group + row) * (kHeadDim + 2);
+}
+
+DEVICE void store_normalised(uint16_t* out, float (&x)[8], float sum) {
+  const float inverse = 1.f / sum;
+  UNROLL for (int i = 0; i < 8; i++) x[i] *= inverse;
+  store8(out, pack8(x));
+}
+
+// Merges the warps, in order, into the output or (`partial` >= 0) into a partial result.
+template <int kHeadDim>
+DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, const Segment& segment, int group,
+                        const Attention<kHeadDim>& a, int partial) {
+  const float scale_log2 = p.scale * kLog2e;
+  UNROLL for (int i = 0; i < 2; i++) {
+    const int row = lane_id() / 4 + 8 * i;
+    if (row >= group) continue;
+    UNROLL for (int j = 0; j < kHeadDim / 8; j++) {
+      float* out = &shared.out[warp_id()][row][8 * j + 2 * (lane_id() % 4)];
+      out[0] = a.out[j][2 * i];
+      out[1] = a.out[j][2 * i + 1];
+    }
+    if (lane_id() % 4 == 0) {
+      shared.max[warp_id()][row] = a.max[i];
+      shared.sum[warp_id()][row] = a.sum[i];
+    }
+  }
+  named_barrier_sync(kMergeBarrier, kComputeThreads);
+
+  for (int item = thread_idx(); item < group * kHeadDim / 8; item += kComputeThreads) {
+    const int row = item / (kHeadDim / 8), column = item % (kHeadDim / 8) * 8;
+    float max = kLowest, sum = 0.f, out[8] = {};
+    for (int w = 0; w < kComputeWarps; w++) max = fmaxf(max, shared.max[w][row]);
+    for (int w = 0; w < kComputeWarps; w++) {
+      const float weight = exp2_approx((shared.max[w][row] - max) * scale_log2);
+      sum += weight * shared.sum[w][row];
+      UNROLL for (int i = 0; i < 8; i++) out[i] += weight * shared.out[w][row][column + i];
+    }
+    if (partial < 0) {
+      store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum);
+    } else {
+      float* to = partial_row<kHeadDim>(p, group, partial, row);
+      UNROLL for (int i = 0; i < 8; i++) to[column + i] = out[i];
+      if (column == 0) to[kHeadDim] = max, to[kHeadDim + 1] = sum;
+    }
+  }
+}
+
+// Where block `block` puts its partial result of a pair: slot 0 for the pair that it finishes, 1 for the one it begins.
+DEVICE int partial_index(int block, int pair_start, int share) {
+  return 2 * block + (pair_start >= block * share ? 1 : 0);
+}
+
+template <int kHeadDim>
+DEVICE void merge_blocks(const AttnDecodeParams& p, const Segment& segment, int group, int share, int first, int last) {
+  const float scale_log2 = p.scale * kLog2e;
+  for (int item = thread_idx(); item < group * kHeadDim / 8; item += kComputeThreads) {
+    const int row = item / (kHeadDim / 8), column = item % (kHeadDim / 8) * 8;
+    float max = kLowest, sum = 0.f, out[8] = {};
+    for (int block = first; block <= last; block++)
+      max = fmaxf(max, partial_row<kHeadDim>(p, group, partial_index(block, segment.pair_start, share), row)[kHeadDim]);
+    for (int block = first; block <= last; block++) {
+      const float* from = partial_row<kHeadDim>(p, group, partial_index(block, segment.pair_start, share), row);
+      const float weight = exp2_approx((from[kHeadDim] - max) * scale_log2);
+      sum += weight * from[kHeadDim + 1];
+      UNROLL for (int i = 0; i < 8; i++) out[i] += weight * from[column + i];
+    }
+    store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum);
+  }
+}
+
+template <int kHeadDim>
+DEVICE void compute_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, Span span) {
+  const int group = p.q_heads / p.kv_heads;
+  RingPosition<DecodeShared<kHeadDim>::kStages> ring;
+  Segment segment;
+  while (next_segment(p, span, segment)) {
+    Attention<kHeadDim> a;
+    attend(p, shared, segment, group, ring, a);
+    const bool cut = segment.last - segment.first < segment.pages;
+    merge_warps(p, shared, segment, group, a, cut ? partial_index(block_x(), segment.pair_start, span.share) : -1);
+    if (cut) {
+      const int first = segment.pair_start / span.share;
+      const int last = (segment.pair_start + segment.pages - 1) / span.share;
+      fence_device();
+      named_barrier_sync(kMergeBarrier, kComputeThreads);
+      if (thread_idx() == 0)
+        shared.is_last = atomic_ticket(&p.ticket[segment.row * p.kv_heads + segment.kv_head], last - first) ==
+                         (uint32_t)(last - first);
+      named_barrier_sync(kMergeBarrier, kComputeThreads);
+      if (shared.is_last) {
+        fence_device();
+        merge_blocks<kHeadDim>(p, segment, group, span.share, first, last);
+      }
+    }
+    named_barrier_sync(kMergeBarrier, kComputeThreads);  // the merge memory is free again
+  }
+}
+
+template <int kHeadDim>
+DEVICE void attn_decode(const AttnDecodeParams& p) {
+  DecodeShared<kHeadDim>& shared = *(DecodeShared<kHeadDim>*)shared_memory();
+  pdl_launch_dependents();
+  if (thread_idx() == kComputeThreads) {
+    prefetch_tensor_map(&p.k_map);
+    prefetch_tensor_map(&p.v_map);
+  }
+  pdl_wait();
+
+  for (int row = block_x(); row < p.rows; row += grid_x()) {
+    if (p.row_position[row] >= 0) continue;
+    const Bf16x8 zeros = {};
+    for (int i = thread_idx(); i < p.q_heads * kHeadDim / 8; i += ATTN_DECODE_THREADS)
+      store8(p.out + (size_t)row * p.q_heads * kHeadDim + 8 * i, zeros);
+  }
+
+  const Span span = span_of_block(p);
+  if (span.unit == span.end) return;
+
+  if (thread_idx() == 0) {
+    for (int i = 0; i < DecodeShared<kHeadDim>::kStages; i++) {
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], kComputeWarps);
+    }
+    mbarrier_init_fence();
+  }
+  sync_threads();
+
+  if (warp_id() < kComputeWarps)
+    compute_span(p, shared, span);
+  else if (elect_one())
+    load_span(p, shared, span);
+}
+
+KERNEL(attn_decode_d64, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<64>(p); }
+KERNEL(attn_decode_d128, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<128>(p); }
