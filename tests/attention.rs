@@ -2,6 +2,7 @@
 //! batches, chunks that start anywhere, padding; prefill against decode; the same bits under every order of the threads.
 
 use crate::devices::devices;
+use crate::random::Random;
 use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::params::{
@@ -15,31 +16,14 @@ use ponder::tiles::{ChunkRows, prefill_tiles};
 
 const PAGE: usize = PAGE_TOKENS as usize;
 
-/// splitmix64.
-struct Random(u64);
+/// Mean 0, standard deviation `scale`, roughly normal.
+fn value(random: &mut Random, scale: f32) -> bf16 {
+    let sum: f32 = (0..4).map(|_| (random.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5).sum();
+    bf16::from_f32(sum * 3f32.sqrt() * scale)
+}
 
-impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n as u64) as usize
-    }
-
-    /// Mean 0, variance `scale` squared, roughly normal.
-    fn value(&mut self, scale: f32) -> bf16 {
-        let sum: f32 = (0..4).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32 - 0.5).sum();
-        bf16::from_f32(sum * 3f32.sqrt() * scale)
-    }
-
-    fn values(&mut self, count: usize, scale: f32) -> Vec<bf16> {
-        (0..count).map(|_| self.value(scale)).collect()
-    }
+fn values(random: &mut Random, count: usize, scale: f32) -> Vec<bf16> {
+    (0..count).map(|_| value(random, scale)).collect()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -99,14 +83,14 @@ impl Cache {
         };
         for (i, &length) in lengths.iter().enumerate() {
             for index in 0..length.div_ceil(PAGE) {
-                let page = free.swap_remove(random.below(free.len()));
+                let page = free.swap_remove(random.below(free.len() as u32) as usize);
                 cache.table[(i + 1) * max_pages + index] = page as i32;
             }
             for position in 0..length {
                 for head in 0..heads.kv {
                     let at = cache.at(i + 1, position, head);
-                    cache.k[at..at + heads.head_dim].copy_from_slice(&random.values(heads.head_dim, 1.5));
-                    cache.v[at..at + heads.head_dim].copy_from_slice(&random.values(heads.head_dim, 1.0));
+                    cache.k[at..at + heads.head_dim].copy_from_slice(&values(random, heads.head_dim, 1.5));
+                    cache.v[at..at + heads.head_dim].copy_from_slice(&values(random, heads.head_dim, 1.0));
                 }
             }
         }
@@ -295,7 +279,7 @@ fn check_decode(head_dim: usize, kv: usize, group: usize, positions: &[i32], gri
     let cache = Cache::new(heads, &lengths, &mut random);
     let rows: Vec<(usize, i32)> =
         positions.iter().enumerate().map(|(i, &p)| (if p < 0 { 0 } else { i + 1 }, p)).collect();
-    let q = random.values(rows.len() * heads.q() * head_dim, 1.0);
+    let q = values(&mut random, rows.len() * heads.q() * head_dim, 1.0);
     let what = format!("decode {heads:?}, grid {grid}");
     on_every_device(|device| cache.decode(device, &q, &rows, grid), |out| cache.check(&q, &rows, out, &what));
 }
@@ -339,7 +323,7 @@ fn check_prefill(head_dim: usize, kv: usize, group: usize, chunks: &[(usize, usi
     let lengths: Vec<usize> = chunks.iter().map(|&(position, tokens)| position + tokens).collect();
     let cache = Cache::new(heads, &lengths, &mut random);
     let (chunks, rows) = lay_out(chunks.iter().enumerate().map(|(i, &(position, tokens))| (i + 1, position, tokens)));
-    let q = random.values(rows.len() * heads.q() * head_dim, 1.0);
+    let q = values(&mut random, rows.len() * heads.q() * head_dim, 1.0);
     let what = format!("prefill {heads:?}, grid {grid}, {chunks:?}");
     on_every_device(|device| cache.prefill(device, &q, &chunks, grid), |out| cache.check(&q, &rows, out, &what));
 }
@@ -389,7 +373,7 @@ fn prefill_equals_decode_one_by_one() {
     let mut random = Random(5);
     let length = 150;
     let cache = Cache::new(heads, &[length], &mut random);
-    let q = random.values(length * heads.q() * 64, 1.0);
+    let q = values(&mut random, length * heads.q() * 64, 1.0);
     let device = devices().remove(0);
     let by_step: Vec<bf16> = (0..length)
         .flat_map(|p| {
@@ -423,7 +407,7 @@ fn prefill_has_the_same_bits_however_it_is_cut() {
     let heads = Heads { head_dim: 128, kv: 1, group: 3 };
     let mut random = Random(6);
     let cache = Cache::new(heads, &[300], &mut random);
-    let q = random.values(300 * heads.q() * 128, 1.0);
+    let q = values(&mut random, 300 * heads.q() * 128, 1.0);
     let device = devices().remove(0);
     let run = |cuts: &[usize]| {
         let (chunks, _) = lay_out(cuts.windows(2).map(|c| (1, c[0], c[1] - c[0])));
@@ -442,9 +426,9 @@ fn check_rope(heads: Heads, norm: bool) {
     let cache = Cache::new(heads, &lengths, &mut random);
     let slots: Vec<i32> = positions.iter().enumerate().map(|(i, &p)| if p < 0 { 0 } else { i as i32 + 1 }).collect();
     let columns = (heads.q() + 2 * heads.kv) * d;
-    let qkv = random.values(positions.len() * columns, 2.0);
+    let qkv = values(&mut random, positions.len() * columns, 2.0);
     let weights: Vec<Vec<bf16>> =
-        (0..2).map(|_| random.values(d, 0.3).iter().map(|w| bf16::from_f32(1.0 + w.to_f32())).collect()).collect();
+        (0..2).map(|_| values(&mut random, d, 0.3).iter().map(|w| bf16::from_f32(1.0 + w.to_f32())).collect()).collect();
     let cos_sin: Vec<f32> = (0..256 * d / 2)
         .flat_map(|i| {
             let angle = (i / (d / 2)) as f64 * 10000f64.powf(-((i % (d / 2)) as f64) / (d / 2) as f64);
