@@ -69,4 +69,11 @@ const fn erase<Params>(function: unsafe extern "C" fn(*const Params)) -> Functio
     unsafe { std::mem::transmute(function) }
 }
 
-kernels! {}
+kernels! {
+    rope_append_d64: RopeParams, ROPE_THREADS;
+    rope_append_d128: RopeParams, ROPE_THREADS;
+    attn_prefill_d64: AttnPrefillParams, ATTN_PREFILL_THREADS;
+    attn_prefill_d128: AttnPrefillParams, ATTN_PREFILL_THREADS;
+    attn_decode_d64: AttnDecodeParams, ATTN_DECODE_THREADS;
+    attn_decode_d128: AttnDecodeParams, ATTN_DECODE_THREADS;
+}

@@ -15,6 +15,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod telemetry;
 pub mod thinking;
+pub mod tiles;
 pub mod tokenizer;
 
 pub use error::{Error, Result};

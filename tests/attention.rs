@@ -1,7 +1,7 @@
 //! RoPE with the append to the paged cache, and attention over it, against float64 truth: page edges, groups, ragged
 //! batches, chunks that start anywhere, padding; prefill against decode; the same bits under every order of the threads.
 
-use crate::devices::devices;
+use crate::devices::{devices, download, upload};
 use crate::random::Random;
 use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
@@ -42,19 +42,6 @@ impl Heads {
     fn scale(self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
-}
-
-fn upload<T: bytemuck::NoUninit>(device: &Device, data: &[T]) -> Buffer {
-    let bytes = bytemuck::cast_slice(data);
-    let buffer = device.alloc(bytes.len()).unwrap();
-    device.upload(&buffer, 0, bytes).unwrap();
-    buffer
-}
-
-fn download(device: &Device, buffer: &Buffer, count: usize) -> Vec<bf16> {
-    let mut data = vec![bf16::ZERO; count];
-    device.download(buffer, 0, bytemuck::cast_slice_mut(&mut data)).unwrap();
-    data
 }
 
 /// A paged cache of slots 0.. with pages in random order. Slot 0 is the reserved one.
@@ -204,9 +191,9 @@ impl Cache {
         let launch = Launch { shared_bytes: shared, pdl: true, ..kernel.launch([grid, 1, 1], params) };
         // Twice: the tickets must have wound themselves back.
         device.launch(&launch).unwrap();
-        let first = download(device, &out, count);
+        let first = download(device, &out);
         device.launch(&launch).unwrap();
-        let second = download(device, &out, count);
+        let second = download(device, &out);
         assert_eq!(bits(&first), bits(&second), "decode {heads:?} {rows:?}: two runs differ");
         second
     }
@@ -249,7 +236,7 @@ impl Cache {
         };
         let launch = Launch { shared_bytes: shared, pdl: true, ..kernel.launch([grid, 1, 1], params) };
         device.launch(&launch).unwrap();
-        download(device, &out, q.len())
+        download(device, &out)
     }
 }
 
@@ -389,12 +376,8 @@ fn prefill_equals_decode_one_by_one() {
             let (_, position) = rows[head / heads.q()];
             let difference = (a.to_f64() - b.to_f64()).abs();
             if difference > 1e-5 {
-                let (_, bound) = cache.truth(
-                    &q[head * 64..(head + 1) * 64],
-                    1,
-                    position as usize,
-                    head % heads.q() / heads.group,
-                );
+                let (_, bound) =
+                    cache.truth(&q[head * 64..(head + 1) * 64], 1, position as usize, head % heads.q() / heads.group);
                 assert!(difference <= bound[i % 64] / 64.0 + 2e-5, "cuts {cuts:?}, position {position}: {a} and {b}");
             }
         }
@@ -427,8 +410,9 @@ fn check_rope(heads: Heads, norm: bool) {
     let slots: Vec<i32> = positions.iter().enumerate().map(|(i, &p)| if p < 0 { 0 } else { i as i32 + 1 }).collect();
     let columns = (heads.q() + 2 * heads.kv) * d;
     let qkv = values(&mut random, positions.len() * columns, 2.0);
-    let weights: Vec<Vec<bf16>> =
-        (0..2).map(|_| values(&mut random, d, 0.3).iter().map(|w| bf16::from_f32(1.0 + w.to_f32())).collect()).collect();
+    let weights: Vec<Vec<bf16>> = (0..2)
+        .map(|_| values(&mut random, d, 0.3).iter().map(|w| bf16::from_f32(1.0 + w.to_f32())).collect())
+        .collect();
     let cos_sin: Vec<f32> = (0..256 * d / 2)
         .flat_map(|i| {
             let angle = (i / (d / 2)) as f64 * 10000f64.powf(-((i % (d / 2)) as f64) / (d / 2) as f64);
@@ -492,15 +476,14 @@ fn check_rope(heads: Heads, norm: bool) {
                 head_dim: d as i32,
                 max_pages: cache.max_pages as i32,
                 norm_eps: eps,
-                ..Default::default()
             };
             let kernel = if d == 64 { &ROPE_APPEND_D64 } else { &ROPE_APPEND_D128 };
             let threads = positions.len() * columns / 16;
             let grid = threads.div_ceil(ROPE_THREADS as usize) as u32;
             device.launch(&Launch { pdl: true, ..kernel.launch([grid, 1, 1], params) }).unwrap();
-            let mut all = download(device, &q, q_count);
-            all.extend(download(device, &k, cache.k.len()));
-            all.extend(download(device, &v, cache.v.len()));
+            let mut all = download::<bf16>(device, &q);
+            all.extend(download::<bf16>(device, &k));
+            all.extend(download::<bf16>(device, &v));
             all
         },
         |out| {
@@ -524,7 +507,10 @@ fn check_rope(heads: Heads, norm: bool) {
                     v_rest[at..at + d].copy_from_slice(&cache.v[at..at + d]);
                 }
             }
-            assert!(bits(&k_rest) == bits(&cache.k) && bits(&v_rest) == bits(&cache.v), "written beside the new tokens");
+            assert!(
+                bits(&k_rest) == bits(&cache.k) && bits(&v_rest) == bits(&cache.v),
+                "written beside the new tokens"
+            );
         },
     );
 }

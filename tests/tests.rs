@@ -1,7 +1,10 @@
 //! One integration binary; a module per subject.
 
+mod attention;
+mod devices;
 mod layout;
 mod loading;
 mod random;
+mod resources;
 mod scheduler;
 mod sequence;

@@ -220,7 +220,7 @@ void async_access(const AsyncCopy& copy, const void* p, uint32_t bytes, bool wri
   const uint32_t offset = shared_offset(p);
   const int component = copy.async_component >= 0 ? copy.async_component : copy.issuer->component;
   const uint32_t clock = copy.async_component >= 0 ? copy.async_clock : (*copy.issued)[copy.issuer->component];
-  const std::string doing = "a " + copy.what + " issued by this thread writes";
+  const std::string doing = std::string("a ").append(copy.what).append(" issued by this thread writes");
   for (uint32_t i = 0; i < bytes; i++)
     touch(block, offset + i, write ? kWrite : kRead, component, clock, doing.c_str(),
           [&](int c) { return (*copy.issued)[c]; });

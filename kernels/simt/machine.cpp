@@ -223,7 +223,8 @@ void fail(const char* format, ...) {
   {
     std::lock_guard<std::mutex> lock(report_mutex);
     if (!__atomic_load_n(&m.failed, __ATOMIC_RELAXED)) {
-      m.report = std::string("kernel ") + m.launch.name + (current ? std::string(", ").append(describe(current)) : std::string()) + ": " + text;
+      m.report = std::string("kernel ") + m.launch.name +
+                 (current ? std::string(", ").append(describe(current)) : std::string()) + ": " + text;
       __atomic_store_n(&m.failed, 1u, __ATOMIC_RELEASE);
     }
   }
