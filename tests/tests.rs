@@ -5,6 +5,7 @@ mod devices;
 mod layout;
 mod loading;
 mod random;
+#[cfg(feature = "cuda")]
 mod resources;
 mod scheduler;
 mod sequence;
