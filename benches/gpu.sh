@@ -33,7 +33,11 @@ part() {
     local start=$SECONDS
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
     case $? in
-    0) result=passed ;;
+    0)
+        result=passed
+        # A test binary that ran no test has shown nothing.
+        ! grep -q '^test result: ok. 0 passed' "$out/$name.log" || result="FAILED (no tests)" failed=1
+        ;;
     124 | 137) result="stopped after $limit s" failed=1 ;;
     *) result=FAILED failed=1 ;;
     esac
