@@ -76,4 +76,23 @@ kernels! {
     attn_prefill_d128: AttnPrefillParams, ATTN_PREFILL_THREADS;
     attn_decode_d64: AttnDecodeParams, ATTN_DECODE_THREADS;
     attn_decode_d128: AttnDecodeParams, ATTN_DECODE_THREADS;
+    embed: EmbedParams, EMBED_THREADS;
+    rms_norm: NormParams, NORM_THREADS;
+    add_rms_norm: NormParams, NORM_THREADS;
+    gemm_n128: GemmParams, GEMM_THREADS;
+    gemm_bias_n128: GemmParams, GEMM_THREADS;
+    gemm_residual_n128: GemmParams, GEMM_THREADS;
+    gemm_silu_n128: GemmParams, GEMM_THREADS;
+    gemm_n256: GemmParams, GEMM_THREADS;
+    gemm_bias_n256: GemmParams, GEMM_THREADS;
+    gemm_residual_n256: GemmParams, GEMM_THREADS;
+    gemm_silu_n256: GemmParams, GEMM_THREADS;
+    gemv_m8: GemvParams, GEMV_THREADS;
+    gemv_bias_m8: GemvParams, GEMV_THREADS;
+    gemv_silu_m8: GemvParams, GEMV_THREADS;
+    gemv_logits_m8: GemvParams, GEMV_THREADS;
+    gemv_m16: GemvParams, GEMV_THREADS;
+    gemv_bias_m16: GemvParams, GEMV_THREADS;
+    gemv_silu_m16: GemvParams, GEMV_THREADS;
+    gemv_logits_m16: GemvParams, GEMV_THREADS;
 }

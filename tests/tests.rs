@@ -4,7 +4,10 @@ mod attention;
 mod devices;
 mod layout;
 mod loading;
+mod norms;
+mod products;
 mod random;
+mod reference;
 #[cfg(feature = "cuda")]
 mod resources;
 mod scheduler;

@@ -1,0 +1,270 @@
+//! The matrix products of prefill and decode against float64 truth: odd sizes, clipped tiles, every epilogue, tiles cut
+//! between blocks; the same bits under every order of the threads and on replay.
+//!
+//! Operands are small multiples of 1/8, so that every sum is exact in fp32 whatever its order: but for silu, which goes
+//! through exp, the kernels must return exactly the truth.
+
+use crate::devices::{devices, download, upload};
+use crate::random::Random;
+use crate::reference::{Epilogue, linear};
+use half::bf16;
+use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
+use ponder::kernels::params::{
+    GEMM_SHARED_N128, GEMM_SHARED_N256, GEMV_SHARED_M8, GEMV_SHARED_M16, GemmParams, GemvParams, TensorMap,
+};
+use ponder::kernels::{self, Kernel};
+
+/// Multiples of 1/8 from -1 to 1.
+fn eighths(random: &mut Random, count: usize) -> Vec<bf16> {
+    (0..count).map(|_| bf16::from_f32((random.below(17) as f32 - 8.0) / 8.0)).collect()
+}
+
+struct Case {
+    rows: usize,
+    n: usize,
+    k: usize,
+    epilogue: Epilogue,
+    x: Vec<bf16>,
+    w: Vec<bf16>,
+    /// Bias or residual.
+    extra: Vec<bf16>,
+}
+
+impl Case {
+    fn new(random: &mut Random, rows: usize, n: usize, k: usize, epilogue: Epilogue) -> Case {
+        let (x, w) = (eighths(random, rows * k), eighths(random, n * k));
+        let extra = match epilogue {
+            Epilogue::Bias => eighths(random, n),
+            Epilogue::Residual => eighths(random, rows * n),
+            _ => Vec::new(),
+        };
+        Case { rows, n, k, epilogue, x, w, extra }
+    }
+
+    /// Columns of c.
+    fn width(&self) -> usize {
+        if self.epilogue == Epilogue::Silu { self.n / 2 } else { self.n }
+    }
+
+    fn check(&self, c: &[f64], what: &str) {
+        let truth = linear(&self.x, &self.w, self.k, self.epilogue, &self.extra);
+        let tolerance = if self.epilogue == Epilogue::Silu { 1.0 / 128.0 } else { 0.0 };
+        assert_eq!(c.len(), truth.len());
+        for (i, (got, want)) in c.iter().zip(&truth).enumerate() {
+            assert!(
+                (got - want).abs() <= tolerance * want.abs(),
+                "{what}: {:?} of {} x {} x {}: row {}, column {}: {got} but {want} is right",
+                self.epilogue,
+                self.rows,
+                self.n,
+                self.k,
+                i / self.width(),
+                i % self.width(),
+            );
+        }
+    }
+}
+
+fn map(device: &Device, buffer: &Buffer, rows: usize, columns: usize, box_rows: usize) -> TensorMap {
+    let spec = TensorMapSpec {
+        address: buffer.address(),
+        dims: [columns as u64, rows as u64],
+        strides: [2, columns as u64 * 2],
+        r#box: [64, box_rows as u32],
+        swizzle: true,
+    };
+    device.tensor_map(&spec).unwrap()
+}
+
+/// What `launch` leaves in `c`: the same after one run and after two replays, each of which may overlap its predecessor.
+fn run_and_replay<T: bytemuck::Pod + PartialEq>(device: &Device, launch: &Launch, c: &Buffer, what: &str) -> Vec<T> {
+    device.launch(launch).unwrap();
+    let first: Vec<T> = download(device, c);
+    device.fill(c, 0, c.bytes(), 0xff).unwrap();
+    device.begin_capture().unwrap();
+    device.launch(launch).unwrap();
+    device.launch(launch).unwrap();
+    let graph = device.end_capture().unwrap();
+    device.replay(&graph).unwrap();
+    device.replay(&graph).unwrap();
+    assert!(first == download::<T>(device, c), "{what}: a replay gives other bits");
+    first
+}
+
+fn gemm(device: &Device, case: &Case, tile_n: usize, grid: u32) {
+    let what = format!("{}, tile {tile_n}, grid {grid}", device.describe());
+    let kernel: &'static Kernel<GemmParams> = match (case.epilogue, tile_n) {
+        (Epilogue::Plain, 128) => &kernels::GEMM_N128,
+        (Epilogue::Plain, _) => &kernels::GEMM_N256,
+        (Epilogue::Bias, 128) => &kernels::GEMM_BIAS_N128,
+        (Epilogue::Bias, _) => &kernels::GEMM_BIAS_N256,
+        (Epilogue::Residual, 128) => &kernels::GEMM_RESIDUAL_N128,
+        (Epilogue::Residual, _) => &kernels::GEMM_RESIDUAL_N256,
+        (Epilogue::Silu, 128) => &kernels::GEMM_SILU_N128,
+        (Epilogue::Silu, _) => &kernels::GEMM_SILU_N256,
+        (Epilogue::Logits, _) => unreachable!("prefill makes its logits by gemv"),
+    };
+    let (x, w) = (upload(device, &case.x), upload(device, &case.w));
+    let extra = upload(device, &case.extra);
+    let c = device.alloc(case.rows * case.width() * 2).unwrap();
+    let params = GemmParams {
+        a_map: map(device, &x, case.rows, case.k, 128),
+        w_map: map(device, &w, case.n, case.k, tile_n),
+        c_map: map(device, &c, case.rows, case.width(), 64),
+        bias: extra.pointer(),
+        residual: extra.pointer(),
+        c: c.pointer(),
+        rows: case.rows as i32,
+        n: case.n as i32,
+        k: case.k as i32,
+        ..Default::default()
+    };
+    let shared_bytes = if tile_n == 128 { GEMM_SHARED_N128 } else { GEMM_SHARED_N256 };
+    let launch = Launch { shared_bytes, pdl: true, ..kernel.launch([grid, 1, 1], params) };
+    let bits: Vec<bf16> = run_and_replay(device, &launch, &c, &what);
+    case.check(&bits.iter().map(|v| v.to_f64()).collect::<Vec<_>>(), &what);
+}
+
+fn gemv(device: &Device, case: &Case, tokens: usize, grid: u32) {
+    let what = format!("{}, {tokens} tokens, grid {grid}", device.describe());
+    let kernel: &'static Kernel<GemvParams> = match (case.epilogue, tokens) {
+        (Epilogue::Plain, 8) => &kernels::GEMV_M8,
+        (Epilogue::Plain, _) => &kernels::GEMV_M16,
+        (Epilogue::Bias, 8) => &kernels::GEMV_BIAS_M8,
+        (Epilogue::Bias, _) => &kernels::GEMV_BIAS_M16,
+        (Epilogue::Silu, 8) => &kernels::GEMV_SILU_M8,
+        (Epilogue::Silu, _) => &kernels::GEMV_SILU_M16,
+        (Epilogue::Logits, 8) => &kernels::GEMV_LOGITS_M8,
+        (Epilogue::Logits, _) => &kernels::GEMV_LOGITS_M16,
+        (Epilogue::Residual, _) => unreachable!("decode adds the residual in the norm"),
+    };
+    let logits = case.epilogue == Epilogue::Logits;
+    let (x, w) = (upload(device, &case.x), upload(device, &case.w));
+    let bias = upload(device, &case.extra);
+    let c = device.alloc(case.rows * case.width() * if logits { 4 } else { 2 }).unwrap();
+    let partial = device.alloc(grid as usize * 2 * tokens * 64 * 4).unwrap();
+    let ticket = upload(device, &vec![0u32; case.n.div_ceil(64)]);
+    let params = GemvParams {
+        w_map: map(device, &w, case.n, case.k, 64),
+        x_map: map(device, &x, case.rows, case.k, tokens),
+        bias: bias.pointer(),
+        c: c.pointer(),
+        logits: c.pointer(),
+        partial: partial.pointer(),
+        ticket: ticket.pointer(),
+        rows: case.rows as i32,
+        n: case.n as i32,
+        k: case.k as i32,
+        ..Default::default()
+    };
+    let shared_bytes = if tokens == 8 { GEMV_SHARED_M8 } else { GEMV_SHARED_M16 };
+    let launch = Launch { shared_bytes, pdl: true, ..kernel.launch([grid, 1, 1], params) };
+    let values: Vec<f64> = if logits {
+        run_and_replay::<f32>(device, &launch, &c, &what).iter().map(|&v| f64::from(v)).collect()
+    } else {
+        run_and_replay::<bf16>(device, &launch, &c, &what).iter().map(|v| v.to_f64()).collect()
+    };
+    case.check(&values, &what);
+    assert!(download::<u32>(device, &ticket).iter().all(|&t| t == 0), "{what}: tickets are not back at zero");
+}
+
+const GEMM_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Residual, Epilogue::Silu];
+const GEMV_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Logits];
+
+#[test]
+fn gemm_is_right_for_every_epilogue_and_odd_sizes() {
+    let sizes =
+        [(1, 64, 64), (7, 192, 192), (64, 128, 64), (127, 320, 128), (128, 256, 704), (129, 448, 64), (200, 64, 448)];
+    for device in devices() {
+        let mut random = Random(1);
+        for (i, (rows, n, k)) in sizes.into_iter().enumerate() {
+            for (j, epilogue) in GEMM_EPILOGUES.into_iter().enumerate() {
+                let case = Case::new(&mut random, rows, n, k, epilogue);
+                let tile_n = if (i + j) % 2 == 0 { 128 } else { 256 };
+                gemm(&device, &case, tile_n, (rows.div_ceil(128) * n.div_ceil(tile_n)) as u32);
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_blocks_walk_over_many_tiles() {
+    let device = devices().pop().unwrap();
+    let mut random = Random(2);
+    for (rows, n, k) in [(300, 576, 192), (1000, 320, 64)] {
+        for (epilogue, tile_n) in [(Epilogue::Residual, 128), (Epilogue::Silu, 128), (Epilogue::Plain, 256)] {
+            let case = Case::new(&mut random, rows, n, k, epilogue);
+            gemm(&device, &case, tile_n, 2);
+        }
+    }
+}
+
+/// More than the 16 tiles along m that share a strip of w: the numbering of tiles must not miss or repeat one.
+#[test]
+fn gemm_numbers_tiles_beyond_one_group() {
+    let device = devices().remove(0);
+    let case = Case::new(&mut Random(3), 128 * 18 + 5, 192, 64, Epilogue::Plain);
+    gemm(&device, &case, 128, 3);
+}
+
+#[test]
+fn gemm_adds_into_the_residual_in_place() {
+    let case = Case::new(&mut Random(4), 150, 320, 128, Epilogue::Residual);
+    for device in devices() {
+        let (x, w, c) = (upload(&device, &case.x), upload(&device, &case.w), upload(&device, &case.extra));
+        let params = GemmParams {
+            a_map: map(&device, &x, case.rows, case.k, 128),
+            w_map: map(&device, &w, case.n, case.k, 256),
+            c_map: map(&device, &c, case.rows, case.n, 64),
+            residual: c.pointer(),
+            c: c.pointer(),
+            rows: case.rows as i32,
+            n: case.n as i32,
+            k: case.k as i32,
+            ..Default::default()
+        };
+        let launch = kernels::GEMM_RESIDUAL_N256.launch([4, 1, 1], params);
+        device.launch(&Launch { shared_bytes: GEMM_SHARED_N256, ..launch }).unwrap();
+        let sum: Vec<bf16> = download(&device, &c);
+        case.check(&sum.iter().map(|v| v.to_f64()).collect::<Vec<_>>(), &device.describe());
+    }
+}
+
+#[test]
+fn gemv_is_right_for_every_batch_and_epilogue() {
+    for device in devices() {
+        let mut random = Random(5);
+        for rows in 1..=16 {
+            let epilogue = GEMV_EPILOGUES[rows % 4];
+            let case = Case::new(&mut random, rows, 192, 704, epilogue);
+            gemv(&device, &case, if rows <= 8 { 8 } else { 16 }, 2);
+            if rows <= 8 {
+                gemv(&device, &case, 16, 3);
+            }
+        }
+    }
+}
+
+/// Shares that end inside of a tile, tiles cut into two, three and every one of their steps, shares of one step.
+#[test]
+fn gemv_sums_cut_tiles() {
+    for device in devices() {
+        let mut random = Random(6);
+        for (n, k, grid) in [(64, 64, 1), (64, 192, 2), (128, 704, 3), (192, 1024, 5), (64, 704, 6), (320, 256, 10)] {
+            for epilogue in GEMV_EPILOGUES {
+                gemv(&device, &Case::new(&mut random, 3, n, k, epilogue), 8, grid);
+            }
+            gemv(&device, &Case::new(&mut random, 13, n, k, Epilogue::Bias), 16, grid);
+        }
+    }
+}
+
+/// A vocabulary need not be a multiple of the tile; an intermediate size neither.
+#[test]
+fn gemv_clips_the_last_tile() {
+    let device = devices().pop().unwrap();
+    let mut random = Random(7);
+    for epilogue in GEMV_EPILOGUES {
+        gemv(&device, &Case::new(&mut random, 5, 336, 128, epilogue), 8, 2);
+    }
+}

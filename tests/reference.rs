@@ -1,0 +1,57 @@
+//! Truth: what each operator computes, as plain loops in float64, rounded to bf16 where the reference implementation rounds.
+//! Kernels are compared with these; nothing here is fast, shared with a kernel, or clever.
+
+use half::bf16;
+
+/// The nearest bf16, as float64.
+pub fn round(x: f64) -> f64 {
+    bf16::from_f64(x).to_f64()
+}
+
+/// What follows a matrix product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    Plain,
+    Bias,
+    Residual,
+    Silu,
+    Logits,
+}
+
+/// x [rows][k] times w [n][k] transposed: [rows][n], not rounded.
+pub fn product(x: &[bf16], w: &[bf16], k: usize) -> Vec<f64> {
+    let wide = |v: &[bf16]| v.iter().map(|a| a.to_f64()).collect::<Vec<_>>();
+    let (x, w) = (wide(x), wide(w));
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    x.chunks(k).flat_map(|row| w.chunks(k).map(move |column| dot(row, column))).collect()
+}
+
+/// A linear layer [rows][n], or [rows][n / 2] for silu, whose gate and up rows alternate in blocks of 8. `extra` is the bias
+/// [n] or the residual [rows][n].
+pub fn linear(x: &[bf16], w: &[bf16], k: usize, epilogue: Epilogue, extra: &[bf16]) -> Vec<f64> {
+    let n = w.len() / k;
+    let sums = product(x, w, k);
+    let each = |f: &dyn Fn(usize, f64) -> f64| sums.iter().enumerate().map(|(i, &sum)| f(i, sum)).collect();
+    match epilogue {
+        Epilogue::Logits => sums,
+        Epilogue::Plain => each(&|_, sum| round(sum)),
+        Epilogue::Bias => each(&|i, sum| round(sum + extra[i % n].to_f64())),
+        Epilogue::Residual => each(&|i, sum| round(round(sum) + extra[i].to_f64())),
+        Epilogue::Silu => {
+            let pairs = sums.chunks(16).flat_map(|block| block[..8].iter().zip(&block[8..]));
+            pairs.map(|(&gate, &up)| silu_times(gate, up)).collect()
+        }
+    }
+}
+
+fn silu_times(gate: f64, up: f64) -> f64 {
+    let gate = round(gate);
+    round(round(gate / (1.0 + (-gate).exp())) * round(up))
+}
+
+/// RMS norm of one row.
+pub fn rms_norm(x: &[f64], weight: &[bf16], eps: f32) -> Vec<f64> {
+    let mean_square = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
+    x.iter().zip(weight).map(|(v, w)| round(round(v * scale) * w.to_f64())).collect()
+}
