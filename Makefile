@@ -3,7 +3,7 @@
 
 CARGO := cargo
 CLANG_FORMAT := .toolchain/clang-format/bin/clang-format
-C_SOURCES = $(wildcard $(foreach folder,kernels kernels/simt kernels/simt/planted,$(addprefix $(folder)/*.,h cuh cu cpp)))
+C_SOURCES = $(wildcard $(foreach folder,kernels kernels/simt kernels/simt/planted tests/fake,$(addprefix $(folder)/*.,h cuh cu cpp c)))
 
 # Without an NVIDIA driver only the host target can run: `make run` then neither fetches nor uses nvcc.
 DRIVER := $(wildcard /dev/nvidiactl)

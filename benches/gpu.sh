@@ -62,7 +62,8 @@ profile() {
 export -f sanitize profile
 
 wanted=("$@")
-part tests 240 "$bundle/tests" --test-threads 1
+# Not the tests of what was compiled, which need the compilers.
+part tests 240 "$bundle/tests" --test-threads 1 --skip cuda:: --skip resources::
 for tool in memcheck racecheck synccheck; do
     part $tool 120 bash -c 'sanitize "$@"' _ $tool "$bundle/tests" --test-threads 1 "${small[@]}"
 done

@@ -1,6 +1,8 @@
 //! One integration binary; a module per subject.
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod devices;
 mod layout;
 mod loading;

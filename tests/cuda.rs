@@ -1,0 +1,180 @@
+//! The CUDA target without a GPU: tests/fake/cuda.c stands in for libcuda and writes down every call. Because a process finds
+//! its driver only once, each test runs [`child`] in a process of its own.
+
+use ponder::device::{AlignedWords, Device, DeviceChoice, Launch, TensorMapSpec};
+use ponder::kernels::params::{ROPE_THREADS, RopeParams};
+use ponder::kernels::{ALL, ROPE_APPEND_D64};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The folder of the stand-in for libcuda.so.
+fn fake_driver() -> &'static PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("fake-cuda");
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut cc = Command::new("cc");
+        cc.args(["-shared", "-fPIC", "-o"]).arg(folder.join("libcuda.so.1")).arg("tests/fake/cuda.c");
+        assert!(cc.status().expect("a C compiler").success());
+        folder
+    })
+}
+
+/// Runs a scenario of [`child`] against the stand-in; its calls, or what it printed after "error: ".
+fn run(scenario: &str, environment: &[(&str, &str)]) -> (Vec<String>, Option<String>) {
+    let table =
+        |k: &&ponder::device::KernelEntry| format!("{} {} {} ", k.name.to_str().unwrap(), k.params_bytes, k.threads);
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["cuda::child", "--exact", "--ignored", "--nocapture"])
+        .env("LD_LIBRARY_PATH", fake_driver())
+        .env("PONDER_FAKE_SCENARIO", scenario)
+        .env("FAKE_KERNELS", ALL.iter().map(table).collect::<String>())
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{log}\n{}", String::from_utf8_lossy(&output.stdout));
+    let calls = log.lines().filter_map(|l| l.strip_prefix("cuda: ")).map(String::from).collect();
+    (calls, log.lines().find_map(|l| l.strip_prefix("error: ")).map(String::from))
+}
+
+fn rope() -> Launch {
+    let params = RopeParams { rows: 5, q_heads: 2, ..Default::default() };
+    Launch { cluster: 4, shared_bytes: 99, pdl: true, ..ROPE_APPEND_D64.launch([1, 2, 3], params) }
+}
+
+/// How the stand-in sums up the params it is given.
+fn sum(params: &[AlignedWords]) -> u32 {
+    let bytes = params.iter().flat_map(|words| words.0).flat_map(u64::to_ne_bytes);
+    bytes.take(size_of::<RopeParams>()).fold(0, |sum: u32, byte| sum.wrapping_mul(31).wrapping_add(byte as u32))
+}
+
+#[test]
+#[ignore = "run by the other tests of this file, which give it a driver"]
+fn child() {
+    let Ok(scenario) = std::env::var("PONDER_FAKE_SCENARIO") else { return };
+    let device = match Device::open(DeviceChoice::Cuda(0)) {
+        Ok(device) => device,
+        Err(e) => return eprintln!("error: {e}"),
+    };
+    match scenario.as_str() {
+        "open" => {
+            assert_eq!(device.describe(), "Fake GPU (cuda:0)");
+            assert_eq!(device.processors(), 132);
+        }
+        "memory" => {
+            let buffer = device.alloc(1000).unwrap();
+            assert_eq!(buffer.address() % 1024, 0);
+            device.fill(&buffer, 0, 1000, 3).unwrap();
+            device.upload(&buffer, 8, &[1, 2]).unwrap();
+            let mut bytes = [0; 4];
+            device.download(&buffer, 7, &mut bytes).unwrap();
+            assert_eq!(bytes, [3, 1, 2, 3]);
+            let pinned = device.alloc_pinned(64).unwrap();
+            assert_eq!(pinned.pointer::<u8>(), pinned.host());
+            // Too much is an error, but not a broken device.
+            eprintln!("error: {}", device.alloc(1 << 40).err().unwrap());
+            device.synchronize().unwrap();
+        }
+        "launch" => {
+            device.launch(&rope()).unwrap();
+            assert_eq!(device.time(&rope()).unwrap(), 2.5e-3);
+        }
+        "graph" => {
+            device.begin_capture().unwrap();
+            device.launch(&rope()).unwrap();
+            let graph = device.end_capture().unwrap();
+            assert_eq!(graph.launches.len(), 1);
+            device.replay(&graph).unwrap();
+            device.replay(&graph).unwrap();
+        }
+        "failure" => {
+            let first = device.launch(&Launch { grid: [0, 1, 1], ..rope() }).unwrap_err().to_string();
+            assert_eq!(device.synchronize().unwrap_err().to_string(), first);
+            assert_eq!(device.launch(&rope()).unwrap_err().to_string(), first);
+            eprintln!("error: {first}");
+        }
+        "map" => {
+            let (dims, strides, r#box) = ([640, 7], [2, 1280], [64, 8]);
+            let map = device.tensor_map(&TensorMapSpec { address: 4096, dims, strides, r#box, swizzle: true }).unwrap();
+            assert_eq!(map.opaque, [0x0707_0707_0707_0707; 16]);
+        }
+        _ => unreachable!(),
+    }
+}
+
+#[test]
+fn kernels_are_loaded_at_the_start() {
+    let (calls, error) = run("open", &[]);
+    assert_eq!(error, None);
+    for kernel in ALL {
+        let name = kernel.name.to_str().unwrap();
+        // All the shared memory of an SM but the kernel's static kilobyte.
+        assert!(calls.contains(&format!("{name} attribute 8 = 231424")), "{calls:?}");
+        assert!(calls.contains(&format!("{name} loaded")), "{calls:?}");
+    }
+}
+
+#[test]
+fn what_cannot_run_is_refused() {
+    for (environment, says) in [
+        (("FAKE_VERSION", "12040"), "the NVIDIA driver is for CUDA 12.4: 13.0 is needed"),
+        (("FAKE_CAPABILITY", "89"), "cuda:0 is a Fake GPU of compute capability 8.9: the kernels need 9.0"),
+        (("FAKE_KERNELS", "gemm 8 32"), "is in no cubin: build again"),
+    ] {
+        let error = run("open", &[environment]).1.unwrap();
+        assert!(error.contains(says), "{error}");
+    }
+    let first = ALL[0].name.to_str().unwrap();
+    for (bytes, threads) in [(ALL[0].params_bytes + 8, ALL[0].threads), (ALL[0].params_bytes, ALL[0].threads + 32)] {
+        let error = run("open", &[("FAKE_KERNELS", &format!("{first} {bytes} {threads}"))]).1.unwrap();
+        assert!(error.contains(first) && error.contains("build again"), "{error}");
+    }
+}
+
+#[test]
+fn memory_is_aligned_cached_and_given_back() {
+    let (calls, error) = run("memory", &[]);
+    assert!(error.unwrap().contains("has 1000 of 2000 bytes of memory free, and 1099511627776 more are needed"));
+    // Mapped and portable, not write-combined.
+    let host = calls.iter().position(|c| c == "allocate 64 host bytes, flags 3").unwrap();
+    assert_eq!(calls[host + 1..], ["synchronize", "synchronize", "free host", "free", "destroy stream"]);
+}
+
+#[test]
+fn a_launch_reaches_the_driver_whole() {
+    let calls = run("launch", &[]).0;
+    let launch = |pdl: u32| {
+        let (threads, sum) = (ROPE_THREADS, sum(&rope().params));
+        format!(
+            "launch rope_append_d64 grid 1 2 3 block {threads} shared 99 attribute 4 = 4 attribute 6 = {pdl} params {sum}"
+        )
+    };
+    let from = calls.iter().position(|c| c.starts_with("launch")).unwrap();
+    assert_eq!(calls[from], launch(1));
+    assert_eq!(calls[from + 1..][..5], ["synchronize", "record event", &launch(0), "record event", "synchronize"]);
+}
+
+#[test]
+fn a_step_is_captured_once_and_replayed() {
+    let calls = run("graph", &[]).0;
+    let from = calls.iter().position(|c| c == "begin capture, mode 1").unwrap();
+    assert!(calls[from + 1].starts_with("launch rope_append_d64"));
+    let rest = ["end capture", "instantiate graph", "destroy graph", "upload graph", "launch graph", "launch graph"];
+    assert_eq!(calls[from + 2..][..6], rest);
+    assert_eq!(calls[from + 8..], ["destroy executable graph", "destroy stream"]);
+}
+
+#[test]
+fn the_first_error_is_final() {
+    let (calls, error) = run("failure", &[]);
+    assert!(error.unwrap().starts_with("CUDA cuLaunchKernelEx failed: rope_append_d64, grid [0, 1, 1]"));
+    assert_eq!(calls.iter().filter(|c| c.starts_with("launch")).count(), 1);
+}
+
+#[test]
+fn tensor_maps_are_bf16_and_swizzled() {
+    let map = "tensor map of type 9, rank 2, dims 640 7, stride 1280, box 64 8, element strides 1 1, swizzle 3";
+    assert!(run("map", &[]).0.iter().any(|c| c == map));
+}

@@ -1,0 +1,160 @@
+// A libcuda.so for machines without a GPU: it records the calls that engine/device/cuda.rs makes, one line each on standard
+// error, and runs no kernel. Device memory is host memory. What it pretends to be comes from the environment:
+// FAKE_VERSION (13000), FAKE_CAPABILITY (90), FAKE_KERNELS ("name bytes threads name bytes threads ...").
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int Result;
+typedef uint64_t Address;
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
+
+#define LOG(...) (fprintf(stderr, "cuda: " __VA_ARGS__), fputc('\n', stderr))
+
+static int number(const char* name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
+
+struct Kernel {
+  char name[64];
+  int bytes, threads;
+};
+static struct Kernel kernels[256];
+static int kernel_count;
+
+// ---- the device and its context ----
+
+Result cuInit(unsigned flags) {
+  const char* text = getenv("FAKE_KERNELS");
+  int used = 0;
+  struct Kernel* k = kernels;
+  while (text && sscanf(text, "%63s %d %d%n", k->name, &k->bytes, &k->threads, &used) == 3) text += used, k++;
+  kernel_count = (int)(k - kernels);
+  return SUCCESS;
+}
+Result cuDriverGetVersion(int* version) { return *version = number("FAKE_VERSION", 13000), SUCCESS; }
+Result cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+Result cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; }
+Result cuDeviceGetName(char* name, int size, int device) { return snprintf(name, size, "Fake GPU"), SUCCESS; }
+Result cuDeviceGetAttribute(int* value, int attribute, int device) {
+  int capability = number("FAKE_CAPABILITY", 90);
+  switch (attribute) {
+    case 16:
+      *value = 132;
+      return SUCCESS;  // multiprocessors
+    case 75:
+      *value = capability / 10;
+      return SUCCESS;  // compute capability, major
+    case 76:
+      *value = capability % 10;
+      return SUCCESS;  // minor
+    case 97:
+      *value = 232448;
+      return SUCCESS;  // shared memory per block, opt-in
+  }
+  return INVALID_VALUE;
+}
+Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)1, SUCCESS; }
+Result cuCtxSetCurrent(void* context) { return context == (void*)1 ? SUCCESS : INVALID_VALUE; }
+Result cuGetErrorName(int error, const char** text) { return *text = "CUDA_ERROR_FAKE", SUCCESS; }
+Result cuGetErrorString(int error, const char** text) { return *text = "pretended", SUCCESS; }
+
+// ---- kernels ----
+
+Result cuModuleLoadData(void** module, const void* image) {
+  if (memcmp(image, "\177ELF", 4)) return INVALID_VALUE;
+  return *module = (void*)2, SUCCESS;
+}
+Result cuModuleGetFunction(void** function, void* module, const char* name) {
+  for (int i = 0; i < kernel_count; i++)
+    if (!strcmp(kernels[i].name, name)) return *function = &kernels[i], SUCCESS;
+  return NOT_FOUND;
+}
+Result cuFuncGetParamInfo(struct Kernel* k, size_t index, size_t* offset, size_t* size) {
+  if (index) return INVALID_VALUE;
+  return *offset = 0, *size = k->bytes, SUCCESS;
+}
+Result cuFuncGetAttribute(int* value, int attribute, struct Kernel* k) {
+  return *value = attribute == 0 ? k->threads : attribute == 1 ? 1024 : -1, SUCCESS;  // threads; static shared memory
+}
+Result cuFuncSetAttribute(struct Kernel* k, int attribute, int value) {
+  return LOG("%s attribute %d = %d", k->name, attribute, value), SUCCESS;
+}
+Result cuFuncLoad(struct Kernel* k) { return LOG("%s loaded", k->name), SUCCESS; }
+
+typedef struct {
+  int id;
+  char pad[4];
+  int value[16];
+} Attribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+} Config;
+Result cuLaunchKernelEx(const Config* c, struct Kernel* k, void** params, void** extra) {
+  uint32_t sum = 0;
+  for (int i = 0; i < k->bytes; i++) sum = sum * 31 + ((uint8_t*)params[0])[i];
+  fprintf(stderr, "cuda: launch %s grid %u %u %u block %u shared %u", k->name, c->grid[0], c->grid[1], c->grid[2],
+          c->block[0], c->shared);
+  for (unsigned i = 0; i < c->count; i++)
+    fprintf(stderr, " attribute %d = %d", c->attributes[i].id, c->attributes[i].value[0]);
+  fprintf(stderr, " params %u\n", sum);
+  return c->grid[0] == 0 ? INVALID_VALUE : SUCCESS;
+}
+
+// ---- streams, events, graphs ----
+
+Result cuStreamCreate(void** stream, unsigned flags) { return *stream = (void*)3, SUCCESS; }
+Result cuStreamDestroy_v2(void* stream) { return LOG("destroy stream"), SUCCESS; }
+Result cuStreamSynchronize(void* stream) { return LOG("synchronize"), SUCCESS; }
+Result cuEventCreate(void** event, unsigned flags) { return *event = (void*)4, SUCCESS; }
+Result cuEventRecord(void* event, void* stream) { return LOG("record event"), SUCCESS; }
+Result cuEventElapsedTime_v2(float* ms, void* start, void* end) { return *ms = 2.5f, SUCCESS; }
+Result cuEventDestroy_v2(void* event) { return LOG("destroy event"), SUCCESS; }
+Result cuStreamBeginCapture_v2(void* stream, int mode) { return LOG("begin capture, mode %d", mode), SUCCESS; }
+Result cuStreamEndCapture(void* stream, void** graph) { return *graph = (void*)5, LOG("end capture"), SUCCESS; }
+Result cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long flags) {
+  return *exec = (void*)6, LOG("instantiate graph"), SUCCESS;
+}
+Result cuGraphDestroy(void* graph) { return LOG("destroy graph"), SUCCESS; }
+Result cuGraphExecDestroy(void* exec) { return LOG("destroy executable graph"), SUCCESS; }
+Result cuGraphUpload(void* exec, void* stream) { return LOG("upload graph"), SUCCESS; }
+Result cuGraphLaunch(void* exec, void* stream) { return LOG("launch graph"), SUCCESS; }
+
+// ---- memory ----
+
+Result cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = 1000, *total = 2000, SUCCESS; }
+Result cuMemAlloc_v2(Address* address, size_t bytes) {
+  if (bytes > 1 << 30) return OUT_OF_MEMORY;
+  // As badly aligned as the driver may: 256 bytes.
+  return *address = (Address)aligned_alloc(1024, (bytes / 1024 + 2) * 1024) + 256, SUCCESS;
+}
+Result cuMemFree_v2(Address address) { return free((void*)(address - 256)), LOG("free"), SUCCESS; }
+Result cuMemHostAlloc(void** p, size_t bytes, unsigned flags) {
+  *p = malloc(bytes);
+  memset(*p, 0xaa, bytes);
+  return LOG("allocate %zu host bytes, flags %u", bytes, flags), SUCCESS;
+}
+Result cuMemHostGetDevicePointer_v2(Address* address, void* p, unsigned flags) {
+  return *address = (Address)p, SUCCESS;
+}
+Result cuMemFreeHost(void* p) { return free(p), LOG("free host"), SUCCESS; }
+Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
+  return memcpy((void*)to, from, bytes), SUCCESS;
+}
+Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
+  return memcpy(to, (void*)from, bytes), SUCCESS;
+}
+Result cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream) {
+  return memset((void*)to, value, bytes), SUCCESS;
+}
+Result cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const uint64_t* dims,
+                              const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                              int interleave, int swizzle, int promotion, int fill) {
+  LOG("tensor map of type %d, rank %u, dims %lu %lu, stride %lu, box %u %u, element strides %u %u, swizzle %d", type,
+      rank, (unsigned long)dims[0], (unsigned long)dims[1], (unsigned long)strides[0], box[0], box[1],
+      element_strides[0], element_strides[1], swizzle);
+  memset(map, 7, 128);
+  return SUCCESS;
+}
