@@ -5,12 +5,14 @@
 
 pub mod batch;
 pub mod blocks;
+pub mod budget;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod device;
 pub mod error;
 pub mod kernels;
+pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
 pub mod telemetry;

@@ -18,6 +18,7 @@ enum {
   MAX_TOP_LOGPROBS = 20,
   MAX_IGNORE_STRINGS = 8,
   MAX_END_TOKENS = 8,  // longest start or end delimiter
+  POOL_PER_SLOT = 1024,    // ids of a slot's strings in the pool
   RING_STEPS = 64,     // sampler results that may wait for the host
 
   EMBED_THREADS = 128,
@@ -39,6 +40,7 @@ enum {
   ATTN_PREFILL_SHARED_D128 = 163920,
   ATTN_DECODE_SHARED_D64 = 84616,
   ATTN_DECODE_SHARED_D128 = 100936,
+  SAMPLE_SHARED_BASE = 6640,  // and 4 for each logit of a block's slice
 
   ATTN_PREFILL_ROWS = 128,  // (query token, head of the group) pairs in a tile of attn_prefill
 };
@@ -59,9 +61,14 @@ enum SlotFlag {
   SLOT_PENALTIES = 8,     // token counts are kept and penalties apply
 };
 
-enum FinishReason { FINISH_NONE = 0, FINISH_STOP = 1, FINISH_LENGTH = 2 };
+enum FinishReason {
+  FINISH_NONE = 0,
+  FINISH_STOP = 1,    // EOS or a stop id
+  FINISH_LENGTH = 2,  // max_generated or max_length
+  FINISH_ERROR = 3,   // logits that are not finite, or no token left to draw
+};
 
-// A string of token ids in the device pool.
+// A string of token ids in the device pool, in the region of POOL_PER_SLOT ids that belongs to its slot.
 typedef struct PoolString {
   uint32_t offset;  // in ids
   uint32_t length;  // in ids
@@ -97,17 +104,17 @@ typedef struct Budget {
 
   uint32_t phase;            // ThinkPhase
   int32_t count;             // thinking tokens as `accounting` counts them
-  int32_t round_count;       // of this round (ACCOUNT_S1_HARNESS)
   int32_t reasoning_tokens;  // tokens between the delimiters, injected ones included: what is reported
   int32_t ignores_used;
   uint32_t next_ignore;
-  uint32_t start_match;    // ids of `start` matched so far
-  uint32_t end_match;      // ids of `end` matched so far
-  PoolString inject;       // what is left to inject
-  uint32_t inject_kind;    // InjectKind
-  uint32_t mask_end_once;  // the end set is masked for the next draw
-  uint32_t mask_eos_once;  // EOS is masked for the next draw (directly after a forced end)
-  uint32_t utf8_missing;   // bytes that the text so far still lacks to end on a whole character
+  uint32_t start_match;      // ids of `start` matched so far
+  uint32_t end_match;        // ids of `end` matched so far
+  int32_t inject_first;      // an id to inject before `inject`; -1: none
+  PoolString inject;         // what is left to inject
+  uint32_t inject_kind;      // InjectKind
+  uint32_t mask_end_once;    // the end set is masked for the next draw
+  uint32_t mask_eos_once;    // EOS is masked for the next draw (directly after a forced end)
+  uint32_t utf8_missing;     // bytes that the text so far still lacks to end on a whole character
   uint32_t ends_with_newline;
   uint32_t max_hit;
 } Budget;

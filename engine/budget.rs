@@ -1,0 +1,143 @@
+//! The thinking budget of a request: what it asks for and the model's delimiters, turned into what the sampler enforces; or
+//! refused, where it could not be enforced. The contract is in kernels/budget.cuh. Knows no device.
+
+use crate::batch::{Accounting, BudgetParams, OnEnd};
+use crate::thinking::{Delimiters, MAX_STRING};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+
+/// As a user gives it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BudgetRequest {
+    pub max_thinking_tokens: Option<u32>,
+    pub min_thinking_tokens: u32,
+    /// How many ends of thinking are ignored.
+    pub n_ignore: u32,
+    /// What replaces an ignored end, in turn; an empty list: nothing, the end is masked for one step. Absent: the model's.
+    pub ignore_strings: Option<Vec<String>>,
+    /// What is forced at the maximum. Absent: the model's.
+    pub end_string: Option<String>,
+    pub accounting: Accounting,
+    pub on_end: OnEnd,
+}
+
+/// Limits of the sampler kernel (kernels/params.h).
+pub const MAX_IGNORE_STRINGS: usize = 8;
+const MAX_COUNT: u32 = 1 << 30;
+
+impl BudgetRequest {
+    /// Whether it asks for anything.
+    pub fn is_empty(&self) -> bool {
+        self.max_thinking_tokens.is_none()
+            && self.min_thinking_tokens == 0
+            && self.n_ignore == 0
+            && self.ignore_strings.is_none()
+            && self.end_string.is_none()
+    }
+
+    /// What the sampler enforces on a request with this prompt; `None`: the model has no delimiters and none of this was asked
+    /// for.
+    ///
+    /// # Errors
+    /// A budget that cannot be enforced, by the name of the parameter.
+    pub fn validate(
+        &self,
+        delimiters: Option<&Delimiters>,
+        tokenizer: &Tokenizer,
+        prompt: &[u32],
+    ) -> Result<Option<BudgetParams>> {
+        let Some(delimiters) = delimiters else {
+            if self.is_empty() {
+                return Ok(None);
+            }
+            let parameter = match self {
+                BudgetRequest { max_thinking_tokens: Some(_), .. } => "max-thinking-tokens",
+                BudgetRequest { min_thinking_tokens: 1.., .. } => "min-thinking-tokens",
+                BudgetRequest { n_ignore: 1.., .. } => "n-ignore",
+                BudgetRequest { ignore_strings: Some(_), .. } => "ignore-string",
+                _ => "end-string",
+            };
+            return Err(Error::request(
+                parameter,
+                "this model has no thinking delimiters, so no budget can be enforced: say --thinking s1 or think-tags, or give \
+                 --thinking-start and --thinking-end",
+            ));
+        };
+        let too_large = |name: &'static str, n: u32| match n > MAX_COUNT {
+            true => Err(Error::request(name, format!("{n} is more than {MAX_COUNT}"))),
+            false => Ok(()),
+        };
+        too_large("min-thinking-tokens", self.min_thinking_tokens)?;
+        too_large("n-ignore", self.n_ignore)?;
+        if let Some(max) = self.max_thinking_tokens {
+            too_large("max-thinking-tokens", max)?;
+            if max < self.min_thinking_tokens {
+                let min = self.min_thinking_tokens;
+                return Err(Error::request("max-thinking-tokens", format!("{max} is less than the minimum of {min}")));
+            }
+        }
+        let encode = |name: &'static str, text: &str| {
+            let ids = tokenizer.encode(text)?;
+            match ids.len() {
+                0 => Err(Error::request(name, "empty: a string without tokens cannot be injected")),
+                n if n > MAX_STRING => {
+                    Err(Error::request(name, format!("{text:?} has {n} tokens: at most {MAX_STRING} can be injected")))
+                }
+                _ => Ok(ids),
+            }
+        };
+        let ignore_strings = match &self.ignore_strings {
+            None => delimiters.ignore_strings.clone(),
+            Some(list) if list.len() > MAX_IGNORE_STRINGS => {
+                let n = list.len();
+                return Err(Error::request("ignore-string", format!("{n} strings are more than {MAX_IGNORE_STRINGS}")));
+            }
+            Some(list) => list.iter().map(|text| encode("ignore-string", text)).collect::<Result<_>>()?,
+        };
+        let ends = |ids: &[u32]| ids.windows(delimiters.end.len()).any(|w| w == delimiters.end);
+        if ignore_strings.iter().any(|ids| ends(ids)) {
+            return Err(Error::request("ignore-string", "it holds the end of thinking, which it is to replace"));
+        }
+        let (end_string, newline) = match &self.end_string {
+            None => (delimiters.end_string.clone(), delimiters.newline),
+            Some(text) => {
+                let ids = encode("end-string", text)?;
+                if !ends(&ids) {
+                    let end = tokenizer.decode(&delimiters.end);
+                    return Err(Error::request(
+                        "end-string",
+                        format!("{text:?} does not hold {end:?}, so it would not end the thinking"),
+                    ));
+                }
+                (ids, None)
+            }
+        };
+        let last_start = last_position(prompt, &delimiters.start);
+        let last_end = last_position(prompt, &delimiters.end);
+        // Where the end is the beginning of the start (s1), the start's own is no end.
+        let starts_thinking =
+            last_start.is_some_and(|start| last_end.is_none_or(|end| end < start + delimiters.start.len()));
+        Ok(Some(BudgetParams {
+            start: delimiters.start.clone(),
+            end: delimiters.end.clone(),
+            close: delimiters.close.clone(),
+            end_string,
+            newline,
+            ignore_strings,
+            max_thinking_tokens: self.max_thinking_tokens,
+            min_thinking_tokens: self.min_thinking_tokens,
+            n_ignore: self.n_ignore,
+            accounting: self.accounting,
+            on_end: self.on_end,
+            starts_thinking,
+            prompt_ends_with_newline: prompt.last().is_some_and(|&id| tokenizer.token_bytes(id).ends_with(b"\n")),
+        }))
+    }
+}
+
+fn last_position(ids: &[u32], pattern: &[u32]) -> Option<usize> {
+    if pattern.is_empty() {
+        return None;
+    }
+    ids.windows(pattern.len()).rposition(|w| w == pattern)
+}
