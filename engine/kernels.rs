@@ -95,4 +95,5 @@ kernels! {
     gemv_bias_m16: GemvParams, GEMV_THREADS;
     gemv_silu_m16: GemvParams, GEMV_THREADS;
     gemv_logits_m16: GemvParams, GEMV_THREADS;
+    sample: SampleParams, SAMPLE_THREADS;
 }

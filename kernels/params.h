@@ -17,9 +17,9 @@ enum {
   MAX_LOGIT_BIAS = 512,
   MAX_TOP_LOGPROBS = 20,
   MAX_IGNORE_STRINGS = 8,
-  MAX_END_TOKENS = 8,  // longest start or end delimiter
-  POOL_PER_SLOT = 1024,    // ids of a slot's strings in the pool
-  RING_STEPS = 64,     // sampler results that may wait for the host
+  MAX_END_TOKENS = 8,    // longest start or end delimiter
+  POOL_PER_SLOT = 1024,  // ids of a slot's strings in the pool
+  RING_STEPS = 64,       // sampler results that may wait for the host
 
   EMBED_THREADS = 128,
   NORM_THREADS = 128,
@@ -107,14 +107,14 @@ typedef struct Budget {
   int32_t reasoning_tokens;  // tokens between the delimiters, injected ones included: what is reported
   int32_t ignores_used;
   uint32_t next_ignore;
-  uint32_t start_match;      // ids of `start` matched so far
-  uint32_t end_match;        // ids of `end` matched so far
-  int32_t inject_first;      // an id to inject before `inject`; -1: none
-  PoolString inject;         // what is left to inject
-  uint32_t inject_kind;      // InjectKind
-  uint32_t mask_end_once;    // the end set is masked for the next draw
-  uint32_t mask_eos_once;    // EOS is masked for the next draw (directly after a forced end)
-  uint32_t utf8_missing;     // bytes that the text so far still lacks to end on a whole character
+  uint32_t start_match;    // ids of `start` matched so far
+  uint32_t end_match;      // ids of `end` matched so far
+  int32_t inject_first;    // an id to inject before `inject`; -1: none
+  PoolString inject;       // what is left to inject
+  uint32_t inject_kind;    // InjectKind
+  uint32_t mask_end_once;  // the end set is masked for the next draw
+  uint32_t mask_eos_once;  // EOS is masked for the next draw (directly after a forced end)
+  uint32_t utf8_missing;   // bytes that the text so far still lacks to end on a whole character
   uint32_t ends_with_newline;
   uint32_t max_hit;
 } Budget;
