@@ -3,16 +3,15 @@
 use ponder::device::host::{HostOptions, Order};
 use ponder::device::{Buffer, Device, DeviceChoice};
 
-/// The GPU if TEST_DEVICE=cuda; else the host target with every access checked, its threads in three orders. With the
-/// address sanitizer the plain kernels run, because those are what it is compiled into.
+/// The GPU if TEST_DEVICE=cuda; else the host target with every access checked, its threads in three orders, and last as it
+/// serves, unchecked. With the address sanitizer only the plain kernels run, because those are what it is compiled into.
 pub fn devices() -> Vec<Device> {
     if std::env::var("TEST_DEVICE").is_ok_and(|d| d == "cuda") {
         return vec![Device::open(DeviceChoice::Cuda(0)).unwrap()];
     }
-    [(Order::Ascending, 1), (Order::Descending, 2), (Order::Random, 3)]
-        .map(|(order, seed)| HostOptions { checked: !cfg!(feature = "asan"), ..HostOptions::checked(order, seed) })
-        .map(Device::host)
-        .into()
+    let checked = |order, seed| HostOptions { checked: !cfg!(feature = "asan"), ..HostOptions::checked(order, seed) };
+    let orders = [checked(Order::Ascending, 1), checked(Order::Descending, 2), checked(Order::Random, 3)];
+    orders.into_iter().chain([HostOptions::default()]).map(Device::host).collect()
 }
 
 /// A buffer with this content; never empty, so that it has an address.

@@ -189,7 +189,7 @@ fn gemm_is_right_for_every_epilogue_and_odd_sizes() {
 
 #[test]
 fn gemm_blocks_walk_over_many_tiles() {
-    let device = devices().pop().unwrap();
+    let device = devices().remove(0);
     let mut random = Random(2);
     for (rows, n, k) in [(300, 576, 192), (1000, 320, 64)] {
         for (epilogue, tile_n) in [(Epilogue::Residual, 128), (Epilogue::Silu, 128), (Epilogue::Plain, 256)] {
@@ -262,7 +262,7 @@ fn gemv_sums_cut_tiles() {
 /// A vocabulary need not be a multiple of the tile; an intermediate size neither.
 #[test]
 fn gemv_clips_the_last_tile() {
-    let device = devices().pop().unwrap();
+    let device = devices().remove(0);
     let mut random = Random(7);
     for epilogue in GEMV_EPILOGUES {
         gemv(&device, &Case::new(&mut random, 5, 336, 128, epilogue), 8, 2);

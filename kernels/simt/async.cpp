@@ -229,7 +229,7 @@ static void arrive_for(const Copy& c) {
 }
 
 static void read_source(AsyncCopy& c) {
-  if (c.read_done) return;
+  if (c.read_done || !worker->checked) return;
   c.read_done = true;
   for (size_t i = 0; i < c.pieces.size(); i++)
     if (memcmp(c.pieces[i].from, c.snapshot.data() + i * 16, c.pieces[i].bytes))
