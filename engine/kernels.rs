@@ -39,21 +39,22 @@ impl<Params: Copy> Kernel<Params> {
 
 type Function = unsafe extern "C" fn(*const c_void);
 
-/// For each line `name: Params, THREADS;` a static `NAME: Kernel<Params>`; and all of them in `ALL`.
+/// For each line `name: Params, THREADS;` of what the module `abi` declares a static `NAME: Kernel<Params>`; and all of them
+/// in `ALL`.
 macro_rules! kernels {
-    ($($name:ident: $Params:ident, $THREADS:ident;)*) => { pastey::paste! {
+    ($abi:ident; $($name:ident: $Params:ident, $THREADS:ident;)*) => { pastey::paste! {
         $(
-            pub static [<$name:upper>]: Kernel<params::$Params> = Kernel {
+            pub static [<$name:upper>]: Kernel<$abi::$Params> = Kernel {
                 entry: KernelEntry {
                     name: match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
                         Ok(name) => name,
                         Err(_) => unreachable!(),
                     },
-                    threads: params::$THREADS,
-                    params_bytes: size_of::<params::$Params>(),
-                    params_align: align_of::<params::$Params>(),
-                    host: erase::<params::$Params>(params::[<host_ $name>]),
-                    checked: erase::<params::$Params>(params::[<checked_ $name>]),
+                    threads: $abi::$THREADS,
+                    params_bytes: size_of::<$abi::$Params>(),
+                    params_align: align_of::<$abi::$Params>(),
+                    host: erase::<$abi::$Params>($abi::[<host_ $name>]),
+                    checked: erase::<$abi::$Params>($abi::[<checked_ $name>]),
                 },
                 params: PhantomData,
             };
@@ -70,6 +71,7 @@ const fn erase<Params>(function: unsafe extern "C" fn(*const Params)) -> Functio
 }
 
 kernels! {
+    params;
     rope_append_d64: RopeParams, ROPE_THREADS;
     rope_append_d128: RopeParams, ROPE_THREADS;
     attn_prefill_d64: AttnPrefillParams, ATTN_PREFILL_THREADS;
@@ -96,4 +98,45 @@ kernels! {
     gemv_silu_m16: GemvParams, GEMV_THREADS;
     gemv_logits_m16: GemvParams, GEMV_THREADS;
     sample: SampleParams, SAMPLE_THREADS;
+}
+
+/// The kernels that prove the SIMT machine (kernels/simt/planted): for the tests alone, and for no GPU.
+pub mod planted {
+    use super::{Kernel, KernelEntry, PhantomData, erase};
+
+    /// kernels/simt/planted/planted.h in Rust.
+    #[allow(non_camel_case_types, clippy::missing_safety_doc)]
+    pub mod abi {
+        include!(concat!(env!("OUT_DIR"), "/planted.rs"));
+    }
+
+    kernels! {
+        abi;
+        missing_sync_threads: PlantedParams, PLANTED_THREADS;
+        shared_race: PlantedParams, PLANTED_THREADS;
+        global_race: PlantedParams, PLANTED_THREADS;
+        flag_without_fence: PlantedParams, PLANTED_THREADS;
+        shared_out_of_bounds: PlantedParams, PLANTED_THREADS;
+        global_out_of_bounds: PlantedParams, PLANTED_THREADS;
+        uninitialised_shared: PlantedParams, PLANTED_THREADS;
+        divergent_shuffle: PlantedParams, PLANTED_THREADS;
+        divergent_sync_threads: PlantedParams, PLANTED_THREADS;
+        partial_setmaxnreg: PlantedParams, PLANTED_THREADS;
+        read_before_pdl_wait: PlantedParams, PLANTED_THREADS;
+        early_exit: PlantedParams, PLANTED_THREADS;
+        lost_arrive: PlantedParams, PLANTED_THREADS;
+        missing_mbarrier_wait: PlantedParams, PLANTED_THREADS;
+        early_release: PlantedParams, PLANTED_THREADS;
+        transaction_underflow: PlantedParams, PLANTED_THREADS;
+        transaction_overflow: PlantedParams, PLANTED_THREADS;
+        missing_proxy_fence: PlantedParams, PLANTED_THREADS;
+        overwritten_store_source: PlantedParams, PLANTED_THREADS;
+        missing_cp_async_wait: PlantedParams, PLANTED_THREADS;
+        missing_wgmma_wait: PlantedParams, PLANTED_THREADS;
+        overwritten_a_registers: PlantedParams, PLANTED_THREADS;
+        wrong_swizzle: PlantedParams, PLANTED_THREADS;
+        wrong_stride: PlantedParams, PLANTED_THREADS;
+        unfenced_operand: PlantedParams, PLANTED_THREADS;
+        release_before_wgmma_wait: PlantedParams, PLANTED_THREADS;
+    }
 }

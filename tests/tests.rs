@@ -14,3 +14,4 @@ mod reference;
 mod resources;
 mod scheduler;
 mod sequence;
+mod simt;

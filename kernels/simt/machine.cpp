@@ -99,7 +99,7 @@ static void enter(Fiber* f) {
 
 // From whatever runs to `next` (null: the worker's own stack).
 static void switch_to(Fiber* next) {
-  Fiber* self = current;
+  Fiber* self = worker->running;
   void** from = self ? &self->sp : &worker->main_sp;
 #ifdef SIMT_ASAN
   void** fake = self ? &self->fake_stack : &worker->main_fake_stack;
@@ -108,6 +108,7 @@ static void switch_to(Fiber* next) {
   else
     __sanitizer_start_switch_fiber(self && self->done ? nullptr : fake, worker->main_bottom, worker->main_size);
 #endif
+  worker->running = next;
   if (next)
     enter(next);
   else
@@ -122,7 +123,7 @@ static void run_next() {
   Worker& w = *worker;
   if (w.checked) deliver_one(w, true);
   Fiber* next = w.pop();
-  if (next == current) return;
+  if (next == w.running) return;
   switch_to(next);
 }
 
@@ -213,6 +214,8 @@ std::string describe_component(const Gang* gang, int component) {
   return component < first + kAsyncClocks ? "an asynchronous copy" : "a wgmma in flight";
 }
 
+struct Failed {};
+
 void fail(const char* format, ...) {
   char text[1024];
   va_list args;
@@ -231,6 +234,7 @@ void fail(const char* format, ...) {
   // The worker's loop sees the flag and abandons all fibers.
   worker->ready.clear();
   worker->pollers.clear();
+  if (!worker->running) throw Failed();  // a late copy, delivered from that loop
   switch_to(nullptr);
   abort();
 }
@@ -387,7 +391,11 @@ void Worker::run() {
         break;
       }
     if (finished) continue;
-    if (checked && deliver_one(*this, false)) continue;
+    try {
+      if (checked && deliver_one(*this, false)) continue;
+    } catch (Failed) {
+      break;
+    }
     if (gangs.empty()) {
       if (start_gang()) continue;
       break;
@@ -461,7 +469,7 @@ struct Pool {
     w.checked = m.launch.checked;
     w.random_state = m.launch.seed * 0x9e3779b97f4a7c15ull + w.number + 1;
     w.polls = 0;
-    current = nullptr;
+    w.running = current = nullptr;
     w.run();
   }
 

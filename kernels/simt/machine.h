@@ -218,6 +218,7 @@ struct Worker {
   void* main_fake_stack = nullptr;
   void* main_bottom = nullptr;
   size_t main_size = 0;
+  Fiber* running = nullptr;  // whose stack this thread is on, null: its own. `current` is whom a report would name.
   std::deque<Fiber*> ready;
   std::vector<Fiber*> pollers;
   std::vector<std::unique_ptr<Gang>> gangs;
