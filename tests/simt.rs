@@ -4,8 +4,9 @@
 
 use crate::devices::{download, upload};
 use crate::random::Random;
+use half::bf16;
 use ponder::device::host::{HostOptions, Order};
-use ponder::device::{Device, Launch};
+use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::planted::abi::*;
 use ponder::kernels::planted::*;
 
@@ -26,7 +27,7 @@ struct Planted {
     blocks: u32,
     cluster: u32,
     shared_bytes: u32,
-    /// Words that the report of the bug holds.
+    /// Words that the report of the bug holds; with a bar between them, one of several.
     cause: &'static [&'static str],
 }
 
@@ -63,7 +64,7 @@ impl Planted {
             let report = report.to_string();
             for word in [&format!("kernel {name}"), "block (", "thread "].into_iter().chain(self.cause.iter().copied())
             {
-                assert!(report.contains(word), "{name}, {options:?}: no {word:?} in: {report}");
+                assert!(word.split('|').any(|w| report.contains(w)), "{name}, {options:?}: no {word:?} in: {report}");
             }
         }
     }
@@ -114,10 +115,48 @@ fn accesses_outside_are_found() {
 }
 
 #[test]
+fn uninitialised_shared_memory_is_found() {
+    Planted::new(&UNINITIALISED_SHARED, &["reads shared byte", "which nothing has written yet"])
+        .prove_words(1, next_thread);
+}
+
+/// A block of a cluster must outlive its peers' accesses to its shared memory.
+#[test]
+fn an_early_exit_is_found() {
+    let exchange = |words: &[u32]| [&words[T..], &words[..T]].concat();
+    let planted = Planted { blocks: 2, cluster: 2, ..Planted::new(&EARLY_EXIT, &["exit", "shared memory"]) };
+    planted.prove_words(1, exchange);
+}
+
+/// The second of two launches that may overlap reads what the first writes.
+#[test]
+fn a_read_before_the_wait_for_the_launch_before_is_found() {
+    let words: Vec<u32> = (0..T as u32).collect();
+    let cause = &["reads 4 bytes", "which an earlier launch has written, before pdl_wait()"];
+    Planted::new(&READ_BEFORE_PDL_WAIT, cause).prove(&words, |device, launch| {
+        let buffers = [upload(device, &words), upload(device, &words), upload(device, &words)];
+        let copy = |from: usize, to: usize| PlantedParams {
+            input: buffers[from].pointer(),
+            out: buffers[to].pointer(),
+            ..Default::default()
+        };
+        device.launch(&launch(copy(0, 1)))?;
+        device.launch(&Launch { pdl: true, ..launch(copy(1, 2)) })?;
+        device.synchronize()?;
+        Ok(download::<u32>(device, &buffers[2]))
+    });
+}
+
+#[test]
 fn divergence_is_found() {
+    Planted::new(&PARTIAL_SETMAXNREG, &["setmaxnreg is for whole warpgroups", "threads 0 and 64"]).prove_words(1, same);
     Planted::new(&DIVERGENT_SHUFFLE, &["divergent warp", "shuffle (line "])
         .prove_words(1, |words| (0..T).map(|t| words[t ^ 1]).collect());
-    Planted::new(&DIVERGENT_SYNC_THREADS, &["deadlock", "64 threads", "sync_threads()"]).prove_words(1, same);
+    Planted::new(
+        &DIVERGENT_SYNC_THREADS,
+        &["deadlock", "64 threads", "sync_threads(), where 64 of 128", "have exited"],
+    )
+    .prove_words(1, same);
 }
 
 fn with_barriers(kernel: &'static ponder::kernels::Kernel<PlantedParams>, cause: &'static [&'static str]) -> Planted {
@@ -126,17 +165,103 @@ fn with_barriers(kernel: &'static ponder::kernels::Kernel<PlantedParams>, cause:
 
 #[test]
 fn barriers_out_of_step_are_found() {
-    with_barriers(&LOST_ARRIVE, &["deadlock", "the mbarrier at shared byte 520"]).prove_words(1, next_thread);
+    with_barriers(&LOST_ARRIVE, &["deadlock", "the mbarrier at shared byte 520", "1 of 128 arrivals"])
+        .prove_words(1, next_thread);
     with_barriers(&TRANSACTION_UNDERFLOW, &["the mbarrier at shared byte 512", "16 bytes more than were expected"])
         .prove_words(1, next_thread);
-    with_barriers(&TRANSACTION_OVERFLOW, &["deadlock", "the mbarrier at shared byte 512"]).prove_words(1, next_thread);
+    let cause = &["deadlock", "the mbarrier at shared byte 512", "0 of 1 arrivals and 16 bytes are missing"];
+    with_barriers(&TRANSACTION_OVERFLOW, cause).prove_words(1, next_thread);
 }
 
 #[test]
 fn copies_out_of_order_are_found() {
+    let cause = &["reads shared byte|which thread", "bulk_load|which nothing has written yet"];
+    with_barriers(&MISSING_MBARRIER_WAIT, cause).prove_words(1, next_thread);
+    Planted::new(&MISSING_CP_ASYNC_WAIT, &["reads shared byte|which thread", "cp_async|an asynchronous copy"])
+        .prove_words(1, next_thread);
     with_barriers(&EARLY_RELEASE, &["race", "bulk_load", "reads"]).prove_words(4, same);
     with_barriers(&MISSING_PROXY_FENCE, &["bulk_store reads shared byte", "no fence_proxy_async()"])
         .prove_words(1, same);
     with_barriers(&OVERWRITTEN_STORE_SOURCE, &["bulk_store", "overwritten before bulk_wait_read()"])
         .prove_words(1, |words| words.to_vec());
+}
+
+/// A [`TILE`] x [`TILE`] operand of wgmma and the map of its one box.
+struct Tile {
+    values: Vec<bf16>,
+    buffer: Buffer,
+    map: TensorMap,
+}
+
+const TILE: usize = 64;
+
+/// Small integers, whose products and sums are exact.
+fn integers(random: &mut Random, count: usize) -> Vec<bf16> {
+    (0..count).map(|_| bf16::from_f32(random.below(17) as f32 - 8.0)).collect()
+}
+
+/// bf16 [dims, innermost first], densely; boxes.
+fn tensor_map<const RANK: usize>(
+    device: &Device,
+    buffer: &Buffer,
+    dims: [usize; RANK],
+    r#box: [usize; RANK],
+    swizzle: bool,
+) -> TensorMap {
+    let mut strides = [2; RANK];
+    for i in 1..RANK {
+        strides[i] = strides[i - 1] * dims[i - 1] as u64;
+    }
+    let spec = TensorMapSpec {
+        address: buffer.address(),
+        dims: dims.map(|d| d as u64),
+        strides,
+        r#box: r#box.map(|b| b as u32),
+        swizzle,
+    };
+    bytemuck::cast(device.tensor_map(&spec).unwrap())
+}
+
+impl Tile {
+    fn new(device: &Device, seed: u64) -> Tile {
+        let values = integers(&mut Random(seed), TILE * TILE);
+        let buffer = upload(device, &values);
+        let map = tensor_map(device, &buffer, [TILE, TILE], [TILE, TILE], true);
+        Tile { values, buffer, map }
+    }
+}
+
+/// a b^T for row-major a [m][k] and b [n][k].
+fn product(a: &[bf16], b: &[bf16], k: usize) -> Vec<f32> {
+    let dot = |a: &[bf16], b: &[bf16]| a.iter().zip(b).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
+    a.chunks(k).flat_map(|row| b.chunks(k).map(move |column| dot(row, column))).collect()
+}
+
+#[test]
+fn wgmma_out_of_order_is_found() {
+    let prove = |kernel, times: f32, cause| {
+        let device = Device::host(HostOptions::default());
+        let (a, b) = (Tile::new(&device, 1), Tile::new(&device, 2));
+        let truth: Vec<f32> = product(&a.values, &b.values, TILE).iter().map(|x| x * times).collect();
+        let planted = Planted { shared_bytes: PLANTED_WGMMA_SHARED, ..Planted::new(kernel, cause) };
+        planted.prove(&truth, |device, launch| {
+            let (a, b, out) = (Tile::new(device, 1), Tile::new(device, 2), device.alloc(TILE * TILE * 4)?);
+            let params = PlantedParams {
+                map: a.map,
+                other_map: b.map,
+                input: a.buffer.pointer(),
+                out: out.pointer(),
+                ..Default::default()
+            };
+            device.launch(&launch(params))?;
+            device.synchronize()?;
+            Ok(download::<f32>(device, &out))
+        });
+    };
+    prove(&MISSING_WGMMA_WAIT, 1.0, &["accumulators of a wgmma in flight are read before wgmma_wait()"]);
+    prove(&OVERWRITTEN_A_REGISTERS, 1.0, &["registers of A of a wgmma in flight are overwritten before wgmma_wait()"]);
+    prove(&WRONG_SWIZZLE, 1.0, &["wgmma: operand B is read with swizzle 0", "wrote it with swizzle 1"]);
+    prove(&WRONG_STRIDE, 1.0, &["wgmma: operand A", "stride 512", "wrong stride"]);
+    prove(&UNFENCED_OPERAND, 1.0, &["wgmma reads shared byte", "no fence_proxy_async()"]);
+    prove(&RELEASE_BEFORE_WGMMA_WAIT, 2.0, &["race", "tma_load", "a wgmma in flight"]);
 }

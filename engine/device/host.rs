@@ -71,6 +71,13 @@ struct QueueState {
     failure: Option<String>,
 }
 
+impl Queue {
+    /// Tells the SIMT machine one device's stream from another's.
+    fn id(&self) -> u64 {
+        std::ptr::from_ref(self) as u64
+    }
+}
+
 enum Work {
     Launch(Launch),
     Upload(u64, Box<[u8]>),
@@ -110,7 +117,7 @@ impl HostDevice {
 
     pub fn alloc(&self, bytes: usize) -> Result<u64> {
         // SAFETY: plain allocation; null is checked.
-        let memory = unsafe { simt::simt_alloc(bytes as u64) };
+        let memory = unsafe { simt::simt_alloc(bytes as u64, self.queue.id()) };
         if memory.is_null() {
             return Err(Error::Device(format!("not enough memory: {bytes} bytes more could not be had")));
         }
@@ -169,7 +176,7 @@ impl HostDevice {
     pub fn synchronize(&self) -> Result<()> {
         self.drain()?;
         // SAFETY: no launch is running.
-        unsafe { simt::simt_sync() };
+        unsafe { simt::simt_sync(self.queue.id()) };
         Ok(())
     }
 
@@ -251,7 +258,7 @@ fn stream(queue: &Queue, options: HostOptions) {
         };
         state.busy = true;
         drop(state);
-        let result = perform(work, options);
+        let result = perform(work, queue.id(), options);
         state = queue.state.lock().unwrap();
         state.busy = false;
         if let Err(problem) = result {
@@ -264,7 +271,7 @@ fn stream(queue: &Queue, options: HostOptions) {
     }
 }
 
-fn perform(work: Work, options: HostOptions) -> std::result::Result<(), String> {
+fn perform(work: Work, stream: u64, options: HostOptions) -> std::result::Result<(), String> {
     match work {
         // SAFETY: the range lies in a live allocation: checked on enqueueing, and `free` waits for the queue.
         Work::Upload(address, data) => unsafe {
@@ -272,16 +279,17 @@ fn perform(work: Work, options: HostOptions) -> std::result::Result<(), String> 
         },
         // SAFETY: as above.
         Work::Fill(address, bytes, value) => unsafe { std::ptr::write_bytes(address as *mut u8, value, bytes) },
-        Work::Launch(launch) => return run(&launch, options),
+        Work::Launch(launch) => return run(&launch, stream, options),
     }
     Ok(())
 }
 
-fn run(launch: &Launch, options: HostOptions) -> std::result::Result<(), String> {
+fn run(launch: &Launch, stream: u64, options: HostOptions) -> std::result::Result<(), String> {
     let kernel: &KernelEntry = launch.kernel;
     let function = if options.checked { kernel.checked } else { kernel.host };
     let request = simt::SimtLaunch {
         name: kernel.name.as_ptr(),
+        stream,
         kernel: Some(function),
         params: launch.params.as_ptr().cast(),
         grid: launch.grid,

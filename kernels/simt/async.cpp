@@ -1,5 +1,6 @@
 // mbarriers, and what completes them: cp.async, bulk copies and tensor copies. In a checked launch a copy is queued at issue and
 // delivered at a random later point, at the latest when nothing else can run; otherwise it is done at once.
+#include <stdio.h>
 #include <string.h>
 
 #include <algorithm>
@@ -23,6 +24,14 @@ static State unpack(uint64_t x) {
 static uint64_t pack(const State& s) {
   return s.phase | (uint64_t)s.tag << 1 | (uint64_t)s.expected << 4 | (uint64_t)s.pending << 20 |
          (uint64_t)(int64_t)s.bytes << 36;
+}
+
+std::string describe_barrier(const Barrier* b) {
+  const State s = unpack(*b);
+  char text[160];
+  snprintf(text, sizeof text, "the mbarrier at shared byte %u, phase %u: %u of %u arrivals and %d bytes are missing",
+           shared_offset(b), s.phase, s.pending, s.expected, s.bytes);
+  return text;
 }
 
 static Block* owner(const Barrier* b, const char* what) {
@@ -127,6 +136,7 @@ void barrier_arrive_remote(Barrier* b, uint32_t rank) {
     fail("mbarrier_arrive_cluster to rank %u in a cluster of %u", rank, current->lane.cluster);
   Block* block = current->block->gang->blocks[rank].get();
   if (block->live == 0) fail("mbarrier_arrive_cluster to block rank %u of the cluster, which has exited", rank);
+  if (worker->checked && block != current->block) visit(block, current->component, current->own);
   barrier_arrive((Barrier*)(block->shared + shared_offset(b)), 0, true);
 }
 
@@ -214,7 +224,10 @@ static void move_pieces(const AsyncCopy& c) {
   }
 }
 
+static void deliver(const Copy& c);
+
 static void arrive_for(const Copy& c) {
+  for (const Copy& earlier : c->arrive_after) deliver(earlier);
   Barrier* b = c->barrier;
   State s = unpack(*b);
   if (s.pending == 0) fail("cp_async_arrive: too many arrivals on the mbarrier at shared byte %u", shared_offset(b));
@@ -224,6 +237,7 @@ static void arrive_for(const Copy& c) {
     Clock& clock = block->barrier_clocks[shared_offset(b)].phase;
     if (clock.size() < c->issued->size()) clock.resize(c->issued->size());
     for (size_t i = 0; i < clock.size(); i++) clock[i] = std::max(clock[i], (*c->issued)[i]);
+    clock[c->async_component] = std::max(clock[c->async_component], c->async_clock);
   }
   progress(block, b, s);
 }
@@ -248,7 +262,7 @@ static void deliver(const Copy& c) {
   }
   move_pieces(*c);
   for (Barrier* b : c->complete_on) complete_bytes(c, b, c->bytes);
-  if (c->arrive_when_done) arrive_for(c);
+  if (c->kind == AsyncCopy::kCpAsync && c->barrier) arrive_for(c);
 }
 
 static void issue(const Copy& c) {
@@ -256,11 +270,13 @@ static void issue(const Copy& c) {
     deliver(c);
     return;
   }
-  if (c->kind == AsyncCopy::kToShared) {
+  if (c->kind != AsyncCopy::kStore) {
     Gang* gang = c->block->gang;
-    const int slot = c->barrier ? shared_offset(c->barrier) / 8 % kAsyncClocks : 0;
+    const int slot =
+        (c->kind == AsyncCopy::kToShared ? shared_offset(c->barrier) / 8 : c->issuer->component) % kAsyncClocks;
     c->async_component = gang->live_at_start + slot;
     c->async_clock = ++gang->async_clock[slot];
+    for (Barrier* b : c->complete_on) visit(block_of_shared(b), c->async_component, c->async_clock);
   }
   worker->pending.push_back(c);
 }
@@ -308,7 +324,9 @@ void cp_async_wait(int pending) {
   while ((int)groups.size() > pending) {
     for (auto& c : groups.front()) {
       deliver(c);
-      for (auto& p : c->pieces) access(p.to, p.bytes, kWrite);  // now as if this thread had written them
+      see(current, c->async_component, c->async_clock);
+      if (!c->handed_over)
+        for (auto& p : c->pieces) adopt(p.to, p.bytes);
     }
     groups.pop_front();
   }
@@ -318,19 +336,13 @@ void cp_async_arrive(Barrier* b) {
   owner(b, "cp_async_arrive");
   Copy c = new_copy(AsyncCopy::kCpAsync, "cp_async_arrive");
   c->barrier = b;
-  c->arrive_when_done = true;
   if (!worker->checked) {
     deliver(c);
     return;
   }
-  // After all of this thread's earlier copies: take them along.
-  std::vector<Copy> earlier = current->open_copies;
-  for (auto& g : current->copy_groups) earlier.insert(earlier.end(), g.begin(), g.end());
-  for (auto& e : earlier)
-    if (!e->done) {
-      c->pieces.insert(c->pieces.end(), e->pieces.begin(), e->pieces.end());
-      e->done = true;
-    }
+  c->arrive_after = current->open_copies;
+  for (auto& g : current->copy_groups) c->arrive_after.insert(c->arrive_after.end(), g.begin(), g.end());
+  for (auto& earlier : c->arrive_after) earlier->handed_over = true;
   issue(c);
 }
 
@@ -394,6 +406,19 @@ void bulk_wait(int pending, bool read_only) {
   }
 }
 
+// With its last thread a block's shared memory goes, and what its warpgroups did can be compared.
+static void finish_block(const Block* block) {
+  for (size_t c = 0; c < block->visitors.size(); c++)
+    if (block->visitors[c] > block->ended[c])
+      fail(
+          "the block exits while %s may still access its shared memory: wait for it, or for a cluster barrier after it",
+          describe_component(block->gang, c).c_str());
+  for (size_t t = 0; t < block->fibers.size(); t++)
+    if (block->fibers[t]->register_counts != block->fibers[t / 128 * 128]->register_counts)
+      fail("setmaxnreg is for whole warpgroups, but threads %zu and %zu of one called it differently", t / 128 * 128,
+           t);
+}
+
 void finish_thread(Fiber* f) {
   if (!worker->checked) return;
   for (auto& g : f->store_groups)
@@ -402,9 +427,18 @@ void finish_thread(Fiber* f) {
         fail("%s: the thread exits without bulk_wait_read() while its shared source may still be read",
              c->what.c_str());
   if (!f->open_stores.empty()) fail("a bulk or tensor store was never committed");
-  Warp& warp = f->block->warps[f->lane.thread / 32];
+  auto unwaited = [](const std::vector<Copy>& copies) {
+    return std::any_of(copies.begin(), copies.end(), [](const Copy& c) { return !c->handed_over; });
+  };
+  if (unwaited(f->open_copies) || std::any_of(f->copy_groups.begin(), f->copy_groups.end(), unwaited))
+    fail("the thread exits with a cp_async in flight: cp_async_wait() is due");
+  if (!f->lent.empty()) fail("the thread exits with a wgmma in flight: wgmma_wait() is due");
+  Block* block = f->block;
+  Warp& warp = block->warps[f->lane.thread / 32];
   if (warp.arrived)
     fail("divergent warp: this lane exits while others of its warp wait in a collective (line %d)", warp.line);
+  accumulate(block->ended, f);
+  if (block->live == 1) finish_block(block);
 }
 
 // ---- tensor copies ----

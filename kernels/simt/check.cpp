@@ -18,6 +18,13 @@ namespace simt {
 
 uint32_t seen(const Fiber* f, int component) { return component == f->component ? f->own : (*f->base)[component]; }
 
+void see(Fiber* f, int component, uint32_t clock) {
+  if ((*f->base)[component] >= clock) return;
+  auto base = std::make_shared<Clock>(*f->base);
+  (*base)[component] = clock;
+  f->base = base;
+}
+
 void accumulate(Clock& clock, const Fiber* f) {
   if (clock.size() < f->base->size()) clock.resize(f->base->size());
   for (size_t i = 0; i < f->base->size(); i++) clock[i] = std::max(clock[i], (*f->base)[i]);
@@ -47,7 +54,7 @@ void join(Fiber* f, const ClockRef& other) {
 // ---- allocations ----
 
 struct Allocation {
-  uint64_t begin, end;
+  uint64_t begin, end, stream;
   void* memory;
   // A bit per 16 bytes: written by a launch that has not been waited for; and by the launch that runs now.
   std::vector<uint64_t> dirty, fresh;
@@ -141,10 +148,10 @@ void note_global_write(const void* p, uint32_t bytes) {
     __atomic_fetch_or(&a->fresh[i / 64], 1ull << (i % 64), __ATOMIC_RELAXED);
 }
 
-void end_of_launch() {
+void end_of_launch(uint64_t stream) {
   std::shared_lock<std::shared_mutex> lock(allocations_mutex);
   for (auto& [end, a] : allocations)
-    for (size_t i = 0; i < a->fresh.size(); i++) {
+    for (size_t i = 0; i < a->fresh.size() && a->stream == stream; i++) {
       a->dirty[i] |= a->fresh[i];
       a->fresh[i] = 0;
     }
@@ -154,11 +161,30 @@ void end_of_launch() {
 
 static std::string who(const Block* block, uint16_t component) { return describe_component(block->gang, component); }
 
+// Why a byte that is read holds nothing: the copy under way that is to bring it, if there is one.
+static std::string who_brings(const uint8_t* p) {
+  for (const auto& copy : worker->pending)
+    if (!copy->done)
+      for (const Piece& piece : copy->pieces)
+        if (p - piece.to >= 0 && p - piece.to < (int64_t)piece.bytes)
+          return "before the " + copy->what + " of " + describe_component(copy->block->gang, copy->issuer->component) +
+                 " has brought it: its mbarrier or group is not waited for";
+  return "which nothing has written yet";
+}
+
 // One byte, by a component whose view of the others is `view`.
 template <typename View>
 static void touch(Block* block, uint32_t offset, int kind, int component, uint32_t clock, const char* doing,
                   View view) {
   Cell& cell = block->cells[offset];
+  // A wgmma reads until all four warps have waited for it; it is known by the first one's component.
+  const auto saw = [&](int reader) {
+    if (reader < block->gang->live_at_start + kAsyncClocks) return view(reader);
+    return std::min(std::min(view(reader), view(reader + 1)), std::min(view(reader + 2), view(reader + 3)));
+  };
+  // Rows of a wgmma that nobody wants may hold anything.
+  if (kind != kWrite && !cell.write_clock && component < block->gang->live_at_start)
+    fail("%s shared byte %u, %s", doing, offset, who_brings(block->shared + offset).c_str());
   if (cell.write_clock && cell.writer != component && view(cell.writer) < cell.write_clock &&
       !(kind == kAtomic && cell.atomic))
     fail("race: %s shared byte %u, which %s wrote with no barrier in between", doing, offset,
@@ -166,7 +192,7 @@ static void touch(Block* block, uint32_t offset, int kind, int component, uint32
   if (kind == kRead) {
     auto& readers = cell.readers;
     for (size_t i = 0; i < readers.size();) {
-      if (readers[i].first == component || view(readers[i].first) >= readers[i].second) {
+      if (readers[i].first == component || saw(readers[i].first) >= readers[i].second) {
         readers[i] = readers.back();
         readers.pop_back();
       } else {
@@ -177,13 +203,18 @@ static void touch(Block* block, uint32_t offset, int kind, int component, uint32
     return;
   }
   for (const auto& [reader, when] : cell.readers)
-    if (reader != component && view(reader) < when)
+    if (reader != component && saw(reader) < when)
       fail("race: %s shared byte %u, which %s reads with no barrier in between", doing, offset,
            who(block, reader).c_str());
   cell.readers.clear();
   cell.writer = component;
   cell.write_clock = clock;
   cell.atomic = kind == kAtomic;
+}
+
+void visit(Block* block, int component, uint32_t clock) {
+  if (block->visitors.empty()) block->visitors.resize(block->gang->components);
+  block->visitors[component] = std::max(block->visitors[component], clock);
 }
 
 static Block* check_shared(const void* p, uint32_t bytes, const char* doing) {
@@ -208,6 +239,7 @@ void access(const void* p, uint32_t bytes, int kind) {
     return;
   }
   Block* block = check_shared(p, bytes, doing);
+  if (block != f->block) visit(block, f->component, f->own);
   const uint32_t offset = shared_offset(p);
   for (uint32_t i = 0; i < bytes; i++)
     touch(block, offset + i, kind, f->component, f->own, doing, [f](int c) { return seen(f, c); });
@@ -215,14 +247,24 @@ void access(const void* p, uint32_t bytes, int kind) {
     for (uint32_t chunk = offset / 16; chunk <= (offset + bytes - 1) / 16; chunk++) block->tags[chunk] = ChunkTag();
 }
 
+void wgmma_access(const void* p, uint32_t bytes, int component, uint32_t clock) {
+  const Fiber* f = current;
+  Block* block = check_shared(p, bytes, "wgmma reads");
+  for (uint32_t i = 0; i < bytes; i++)
+    touch(block, shared_offset(p) + i, kRead, component, clock, "wgmma reads", [f](int c) { return seen(f, c); });
+}
+
+void adopt(const void* p, uint32_t bytes) {
+  Cell* cells = &block_of_shared(p)->cells[shared_offset(p)];
+  for (uint32_t i = 0; i < bytes; i++) cells[i].writer = current->component, cells[i].write_clock = current->own;
+}
+
 void async_access(const AsyncCopy& copy, const void* p, uint32_t bytes, bool write) {
   Block* block = check_shared(p, bytes, "an asynchronous copy writes");
   const uint32_t offset = shared_offset(p);
-  const int component = copy.async_component >= 0 ? copy.async_component : copy.issuer->component;
-  const uint32_t clock = copy.async_component >= 0 ? copy.async_clock : (*copy.issued)[copy.issuer->component];
   const std::string doing = std::string("a ").append(copy.what).append(" issued by this thread writes");
   for (uint32_t i = 0; i < bytes; i++)
-    touch(block, offset + i, write ? kWrite : kRead, component, clock, doing.c_str(),
+    touch(block, offset + i, write ? kWrite : kRead, copy.async_component, copy.async_clock, doing.c_str(),
           [&](int c) { return (*copy.issued)[c]; });
 }
 
@@ -252,7 +294,7 @@ void check_proxy(const void* p, uint32_t bytes, const char* reader) {
 
 using namespace simt;
 
-extern "C" void* simt_alloc(uint64_t bytes) {
+extern "C" void* simt_alloc(uint64_t bytes, uint64_t stream) {
   const uint64_t size = (bytes + 1023) / 1024 * 1024;
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, size ? size : 1024)) return nullptr;
@@ -261,6 +303,7 @@ extern "C" void* simt_alloc(uint64_t bytes) {
   a->begin = (uint64_t)memory;
   a->end = a->begin + bytes;
   a->memory = memory;
+  a->stream = stream;
   a->dirty.resize(bytes / 1024 + 1);
   a->fresh.resize(bytes / 1024 + 1);
   std::unique_lock<std::shared_mutex> lock(allocations_mutex);
@@ -280,18 +323,28 @@ extern "C" void simt_free(void* p) {
     }
 }
 
-extern "C" void simt_sync(void) {
+extern "C" void simt_sync(uint64_t stream) {
   std::shared_lock<std::shared_mutex> lock(allocations_mutex);
-  for (auto& [end, a] : allocations) std::fill(a->dirty.begin(), a->dirty.end(), 0);
+  for (auto& [end, a] : allocations)
+    if (a->stream == stream) std::fill(a->dirty.begin(), a->dirty.end(), 0);
 }
 
 // ---- the callbacks of instrumented code ----
+
+// Registers, which a kernel's arrays stand for, while a wgmma uses them.
+static void check_lent(const Fiber* f, uint64_t at, uint32_t bytes, int kind) {
+  for (const Lent& lent : f->lent)
+    if (at + bytes > lent.begin && at < lent.begin + lent.bytes && (lent.accumulator || kind != kRead))
+      fail("%s of a wgmma in flight %s before wgmma_wait()", lent.accumulator ? "accumulators" : "registers of A",
+           kind == kRead ? "are read" : "are overwritten");
+}
 
 static inline void instrumented(const void* p, uint32_t bytes, int kind) {
   Fiber* f = current;
   if (!f) return;
   // Most accesses are to what is a thread's own: its stack, what it knows about itself, its params.
   const uint64_t at = (uint64_t)p;
+  if (!f->lent.empty()) check_lent(f, at, bytes, kind);
   if (at - (uint64_t)f->stack < kStack || at - (uint64_t)f < sizeof(Fiber) || at - (uint64_t)&lane < sizeof lane)
     return;
   if (kind == kRead && at - (uint64_t)worker->machine->launch.params < 4096) return;

@@ -127,6 +127,8 @@ static void run_next() {
   switch_to(next);
 }
 
+static const char* const kNamedBarrier = "a barrier";
+
 void suspend(const char* waits_for, const void* object, uint32_t detail) {
   Fiber* self = current;
   self->waits_for = waits_for;
@@ -239,23 +241,41 @@ void fail(const char* format, ...) {
   abort();
 }
 
+// What a fiber waits for, in words.
+static std::string describe_wait(const Fiber* f) {
+  if (f->object && block_of_shared(f->object)) return describe_barrier((const Barrier*)f->object);
+  char text[160];
+  if (f->waits_for == kNamedBarrier) {
+    const NamedBarrier& b = f->block->barriers[f->detail];
+    snprintf(text, sizeof text, "%s, where %d of %d threads are",
+             f->detail ? ("named barrier " + std::to_string(f->detail)).c_str() : "sync_threads()", b.arrived,
+             b.expected);
+  } else if (f->object) {
+    snprintf(text, sizeof text, "%s at %p", f->waits_for, f->object);
+  } else if (f->detail) {
+    snprintf(text, sizeof text, "%s (line %u)", f->waits_for, f->detail);
+  } else {
+    return f->waits_for;
+  }
+  return text;
+}
+
 static void report_deadlock(Worker& w) {
   std::map<std::string, std::pair<int, std::string>> groups;
+  int exited = 0;
   for (const auto& gang : w.gangs)
     for (const auto& b : gang->blocks)
       for (const Fiber* f : b->fibers) {
+        exited += f->done;
         if (f->done || !f->waits_for) continue;
-        char text[200];
-        if (b->shared <= (uint8_t*)f->object && (uint8_t*)f->object < b->shared + kWindow)
-          snprintf(text, sizeof text, "%s at shared byte %u, %u", f->waits_for, shared_offset(f->object), f->detail);
-        else
-          snprintf(text, sizeof text, "%s %u", f->waits_for, f->detail);
-        auto& group = groups[text];
+        auto& group = groups[describe_wait(f)];
         if (!group.first++) group.second = describe(f);
       }
   std::string text("deadlock:");
   for (const auto& [what, who] : groups)
     text += " " + std::to_string(who.first) + " threads (first: " + who.second + ") wait for " + what + ";";
+  if (exited) text += " " + std::to_string(exited) + " threads of these blocks have exited;";
+  text.pop_back();
   current = nullptr;
   Machine& m = *w.machine;
   std::lock_guard<std::mutex> lock(report_mutex);
@@ -300,7 +320,7 @@ bool Worker::start_gang() {
   auto gang = std::make_unique<Gang>();
   gang->worker = this;
   gang->live = gang->live_at_start = launch.cluster * launch.threads;
-  gang->components = gang->live + kAsyncClocks + gang->live / 128 + 1;
+  gang->components = gang->live + kAsyncClocks + launch.cluster * ((launch.threads + 127) / 128) * 4;
   if (checked) gang->zero = std::make_shared<Clock>(gang->components, 0u);
   const uint64_t first = number * launch.cluster;
   for (uint32_t rank = 0; rank < launch.cluster; rank++) {
@@ -335,9 +355,10 @@ bool Worker::start_gang() {
           f->~Fiber();
           new (f) Fiber();
         } else {
-          f->done = f->polling = f->pdl_waited = false;
+          f->done = f->pdl_waited = false;
           f->waits_for = nullptr;
           f->next_op = f->committed_upto = 0;
+          f->register_counts.clear();
           f->groups.clear();
           f->fake_stack = nullptr;
         }
@@ -526,19 +547,17 @@ static Pool& pool() {
 
 // ---- barriers ----
 
-static void leave_barrier(NamedBarrier& b, Block* block) {
+static void leave_barrier(NamedBarrier& b) {
   const bool checked = worker->checked;
   ClockRef clock = checked ? std::make_shared<const Clock>(b.clock) : nullptr;
   auto order = b.waiting;
   b.waiting.clear();
   b.arrived = 0;
   b.clock.clear();
-  b.generation++;
   for (Fiber* f : order) {
     if (checked) join(f, clock);
     if (f != current) worker->wake(f);
   }
-  (void)block;
 }
 
 void block_barrier(int id, int threads, bool wait) {
@@ -560,10 +579,10 @@ void block_barrier(int id, int threads, bool wait) {
   }
   if (wait) b.waiting.push_back(f);
   if (b.arrived == b.expected) {
-    leave_barrier(b, block);
+    leave_barrier(b);
     return;
   }
-  if (wait) suspend(id == 0 ? "sync_threads()" : "named barrier", nullptr, id);
+  if (wait) suspend(kNamedBarrier, nullptr, id);
 }
 
 void cluster_arrive() {
@@ -573,7 +592,7 @@ void cluster_arrive() {
     accumulate(gang->cluster_clock, f);
     advance(f);
   }
-  f->detail = gang->cluster_phase;
+  f->cluster_phase = gang->cluster_phase;
   if (++gang->cluster_arrived == (int)(f->lane.cluster * f->lane.threads)) {
     gang->cluster_arrived = 0;
     gang->cluster_phase++;
@@ -589,10 +608,9 @@ void cluster_arrive() {
 void cluster_wait() {
   Fiber* f = current;
   Gang* gang = f->block->gang;
-  const uint32_t phase = f->detail;
-  if (gang->cluster_phase == phase) {
+  if (gang->cluster_phase == f->cluster_phase) {
     gang->cluster_waiting.push_back(f);
-    suspend("the cluster barrier", nullptr, phase);
+    suspend("the cluster barrier", nullptr, 0);
   }
   if (worker->checked) join(f, gang->zero);
 }
@@ -607,7 +625,7 @@ void* cluster_map(void* p, uint32_t rank) {
 void set_registers(int count, bool) {
   Fiber* f = current;
   if (count < 24 || count > 256 || count % 8) fail("setmaxnreg %d: the count is a multiple of 8 from 24 to 256", count);
-  f->block->warpgroups[f->lane.thread / 128].register_calls++;
+  f->register_counts.push_back(count);
 }
 
 void pdl_wait() {
@@ -776,7 +794,7 @@ extern "C" int simt_run(const SimtLaunch* launch, char* report, uint64_t capacit
   }
   m.clusters = blocks / launch->cluster;
   pool().run(m);
-  if (launch->checked) end_of_launch();
+  if (launch->checked) end_of_launch(launch->stream);
   if (!m.failed) return 0;
   snprintf(report, capacity, "%s", m.report.c_str());
   return 1;

@@ -40,7 +40,7 @@ constexpr int kAsyncClocks = 64;  // clocks of asynchronous work per gang
 
 // ---- happens-before (checked launches) ----
 
-// A component per fiber of the gang, then kAsyncClocks for asynchronous copies, then one per warpgroup for wgmma.
+// A component per fiber of the gang, then kAsyncClocks for asynchronous copies, then one per warp for its wgmmas.
 using Clock = std::vector<uint32_t>;
 using ClockRef = std::shared_ptr<const Clock>;
 
@@ -59,6 +59,7 @@ struct Accumulator {
 
 struct Wgmma {
   int number;
+  uint32_t clock = 0;
   int n;
   uint64_t a, b;
   bool a_in_registers, a_mn, b_mn, accumulate;
@@ -74,8 +75,14 @@ struct Warpgroup {
   std::deque<std::shared_ptr<Wgmma>> ops;  // in flight, by number
   int first = 0;                           // number of ops.front()
   std::vector<std::shared_ptr<Accumulator>> accumulators;
-  uint32_t clock = 0;
-  int register_calls = 0;
+};
+
+// Registers of a thread that belong to a wgmma in flight.
+struct Lent {
+  uint64_t begin;
+  uint32_t bytes;
+  int op;  // its number
+  bool accumulator;
 };
 
 struct Warp {
@@ -89,7 +96,7 @@ struct Fiber {
   char* stack = nullptr;
   Block* block = nullptr;
   int component = 0;  // in the gang's clocks
-  bool done = false, polling = false;
+  bool done = false;
   const char* waits_for = nullptr;
   const void* object = nullptr;
   uint32_t detail = 0;
@@ -100,6 +107,9 @@ struct Fiber {
   std::deque<int> groups;
   int committed_upto = 0;
   bool registers_touched = true;  // a wgmma_fence is due
+  std::vector<Lent> lent;
+  uint32_t cluster_phase = 0;        // at the last cluster_arrive
+  std::vector<int> register_counts;  // of every setmaxnreg
   // cp.async and bulk stores: committed groups, oldest first, and what is not committed yet.
   std::deque<std::vector<std::shared_ptr<AsyncCopy>>> copy_groups, store_groups;
   std::vector<std::shared_ptr<AsyncCopy>> open_copies, open_stores;
@@ -131,7 +141,6 @@ struct NamedBarrier {
   int arrived = 0, expected = 0;
   std::vector<Fiber*> waiting;
   Clock clock;
-  uint32_t generation = 0;
 };
 
 struct BarrierClock {
@@ -155,6 +164,9 @@ struct Block {
   std::vector<std::pair<uint16_t, uint32_t>> pdl_waits;  // component, clock
   // checked only
   std::vector<Cell> cells;
+  // Who touched this block's shared memory from outside (by component: the clock then), and what its threads had seen when
+  // they ended.
+  Clock visitors, ended;
   std::vector<ChunkTag> tags;
   std::unordered_map<uint32_t, BarrierClock> barrier_clocks;  // by offset
 };
@@ -193,11 +205,11 @@ struct AsyncCopy {
   uint32_t bytes = 0;
   int async_component = -1;
   uint32_t async_clock = 0;
-  ClockRef issued;  // the issuer's clock at issue
-  uint32_t issued_own = 0;
+  ClockRef issued;                // the issuer's clock at issue
   std::vector<uint8_t> snapshot;  // of a store's source
   bool read_done = false, done = false;
-  bool arrive_when_done = false;  // cp.async.mbarrier.arrive
+  bool handed_over = false;                              // cp.async that an mbarrier waits for
+  std::vector<std::shared_ptr<AsyncCopy>> arrive_after;  // cp.async.mbarrier.arrive: when these have landed
 };
 
 // ---- the machine ----
@@ -222,7 +234,6 @@ struct Worker {
   std::deque<Fiber*> ready;
   std::vector<Fiber*> pollers;
   std::vector<std::unique_ptr<Gang>> gangs;
-  std::vector<std::unique_ptr<Gang>> spare_gangs;
   std::vector<Fiber*> free_fibers;
   std::vector<std::unique_ptr<Fiber>> fibers;
   uint8_t* windows = nullptr;
@@ -262,6 +273,7 @@ inline uint32_t shared_offset(const void* p) { return (uint64_t)p & (kWindow - 1
 // ---- check.cpp ----
 
 uint32_t seen(const Fiber* f, int component);
+void see(Fiber* f, int component, uint32_t clock);
 void join(Fiber* f, const ClockRef& other);
 void accumulate(Clock& clock, const Fiber* f);
 // Releases: the fiber's clock goes on.
@@ -273,14 +285,20 @@ enum Access { kRead = 0, kWrite = 1, kAtomic = 2 };
 void access(const void* p, uint32_t bytes, int kind);
 // An access of asynchronous work: ordered after `clock` (and the issuer's own), done under component/clock.
 void async_access(const AsyncCopy& copy, const void* p, uint32_t bytes, bool write);
+// A read by the wgmma whose clocks are these, which lasts until wgmma_wait.
+void wgmma_access(const void* p, uint32_t bytes, int component, uint32_t clock);
+// cp_async_wait: bytes that a cp.async wrote are now as if the current fiber had written them.
+void adopt(const void* p, uint32_t bytes);
+// A component touches the shared memory of a block that is not its own.
+void visit(Block* block, int component, uint32_t clock);
 // The async proxy reads shared bytes on behalf of the current fiber: they must have been fenced.
 void check_proxy(const void* p, uint32_t bytes, const char* reader);
 // Global bytes touched by asynchronous work: bounds and PDL.
 void check_global(const void* p, uint32_t bytes, bool write, const char* who);
-void check_pdl(const void* p, uint32_t bytes, bool write);
 void note_global_write(const void* p, uint32_t bytes);
-void end_of_launch();
+void end_of_launch(uint64_t stream);
 bool deliver_one(Worker& w, bool only_sometimes);
+std::string describe_barrier(const Barrier* b);
 void finish_thread(Fiber* f);
 
 }  // namespace simt

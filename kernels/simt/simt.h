@@ -26,6 +26,7 @@ enum SimtOrder { SIMT_ASCENDING = 0, SIMT_DESCENDING = 1, SIMT_RANDOM = 2 };
 
 typedef struct SimtLaunch {
   const char* name;                    // for reports
+  uint64_t stream;                     // whose earlier launches it may overlap
   void (*kernel)(const void* params);  // run by every thread
   const void* params;                  // the params struct, aligned as it wants
   uint32_t grid[3];
@@ -44,11 +45,11 @@ typedef struct SimtLaunch {
 int simt_run(const SimtLaunch* launch, char* report, uint64_t capacity);
 
 // Device memory of the host target: the checked build knows these allocations and reports accesses outside of them.
-// 1024-byte aligned, filled with a NaN pattern, guarded; null when there is no memory.
-void* simt_alloc(uint64_t bytes);
+// 1024-byte aligned, filled with a NaN pattern, guarded; null when there is no memory. Launches of one stream write it.
+void* simt_alloc(uint64_t bytes, uint64_t stream);
 void simt_free(void* p);
-// The host (or a completed synchronisation) has waited for everything before: nothing is pending for the PDL check.
-void simt_sync(void);
+// The host has waited for everything before in this stream: nothing is pending for the PDL check.
+void simt_sync(uint64_t stream);
 
 #ifdef __cplusplus
 }

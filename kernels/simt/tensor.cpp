@@ -191,9 +191,16 @@ static uint64_t hash_operand(const Operand& o, int rows) {
   return hash;
 }
 
+// The clock component of the wgmmas of a warp.
+static int wgmma_component(const Fiber* f, int warp) {
+  const Block* block = f->block;
+  return block->gang->live_at_start + kAsyncClocks + (int)(block->rank * block->warpgroups.size() * 4) + warp;
+}
+
 // In a checked launch: the bytes are there, fenced and in order; and if TMA wrote them, the descriptor reads them as they lie.
-static void check_operand(const Operand& o, int rows, const char* name) {
+static void check_operand(const Wgmma& op, const Operand& o, int rows, const char* name) {
   Block* block = current->block;
+  const int component = wgmma_component(current, current->lane.thread / 128 * 4);
   const uint32_t end = worker->machine->launch.shared_bytes;
   struct Expected {
     int swizzle, row, column;
@@ -204,7 +211,7 @@ static void check_operand(const Operand& o, int rows, const char* name) {
            end);
     const uint8_t* p = block->shared + at;
     check_proxy(p, 16, "wgmma");
-    access(p, 16, kRead);
+    wgmma_access(p, 16, component, op.clock);
     const ChunkTag tag = block->tags[at / 16];
     if (!tag.swizzle) return;
     if (tag.swizzle - 1 != o.swizzle)
@@ -287,6 +294,7 @@ void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
   if (number - group.first == (int)group.ops.size()) {
     auto op = std::make_shared<Wgmma>();
     op->number = number;
+    op->clock = number + 1;
     op->n = n, op->a = a, op->b = b;
     op->a_in_registers = a_registers != nullptr;
     op->a_mn = a_mn, op->b_mn = b_mn, op->accumulate = accumulate;
@@ -312,17 +320,23 @@ void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
     acc.registers[t] = d;
     acc.users++;
     if (accumulate) copy_fragment(acc, t, d, false);
-    if (worker->checked)
+    if (worker->checked) {
       for (int i = 0; i < n / 2; i++) d[i] = NAN;
+      f->lent.push_back({(uint64_t)d, (uint32_t)n * 2, number, true});
+    }
   }
+  if (worker->checked)
+    for (Lent& lent : f->lent)
+      if (lent.begin == (uint64_t)d) lent.op = number;
   if (a_registers) {
+    if (worker->checked) f->lent.push_back({(uint64_t)a_registers, 16, number, false});
     memcpy(op.a_registers[t], a_registers, 16);
     op.a_source[t] = a_registers;
   }
   if (worker->checked && t == 0) {
     // Thread 0 stands for the warpgroup: what it may read, all may, for they meet in the instruction.
-    check_operand(Operand(b, b_mn, block->shared), n, "B");
-    if (!a_registers) check_operand(Operand(a, a_mn, block->shared), 64, "A");
+    check_operand(op, Operand(b, b_mn, block->shared), n, "B");
+    if (!a_registers) check_operand(op, Operand(a, a_mn, block->shared), 64, "A");
   }
   if (++op.issued == 128 && worker->checked) op.operand_hash = operands_hash(op, block->shared);
 }
@@ -350,7 +364,7 @@ void wgmma_wait(int pending) {
     for (int i = 0; i < (int)group.ops.size() && group.ops[i]->number < upto; i++)
       issued = issued && group.ops[i]->issued == 128;
     if (issued) break;
-    yield_polling("the other warps of its warpgroup to issue wgmma", nullptr, upto);
+    yield_polling("the other warps of its warpgroup to issue wgmma", nullptr, 0);
   }
   for (auto& ref : group.ops) {
     Wgmma& op = *ref;
@@ -363,10 +377,14 @@ void wgmma_wait(int pending) {
     if (!op.accumulate) std::fill(op.accumulator->tile.begin(), op.accumulator->tile.end(), 0.f);
     execute(op, block->shared);
   }
-  if (worker->checked)
+  if (worker->checked) {
+    see(f, wgmma_component(f, f->lane.thread / 32), upto);
+    f->lent.erase(std::remove_if(f->lent.begin(), f->lent.end(), [&](const Lent& lent) { return lent.op < upto; }),
+                  f->lent.end());
     for (auto& ref : group.ops)
       if (ref->number < upto && ref->a_in_registers && memcmp(ref->a_source[t], ref->a_registers[t], 16))
         fail("wgmma: registers of A were overwritten while it was in flight (before wgmma_wait)");
+  }
   for (auto& acc : group.accumulators) {
     if (acc->last_op >= upto || !acc->registers[t]) continue;
     copy_fragment(*acc, t, acc->registers[t], true);

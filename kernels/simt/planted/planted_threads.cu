@@ -8,6 +8,8 @@ DEVICE int neighbour() { return (thread_idx() + 1) % PLANTED_THREADS; }
 
 // out[t] = in[t + 1], through shared memory with no barrier between.
 KERNEL(missing_sync_threads, PlantedParams, PLANTED_THREADS) {
+  words()[thread_idx()] = 0;
+  sync_threads();
   words()[thread_idx()] = p.input[thread_idx()];
   if (!p.planted) sync_threads();
   p.out[thread_idx()] = words()[neighbour()];
