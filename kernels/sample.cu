@@ -159,12 +159,13 @@ DEVICE void mask(Row& row, int id) {
   if (at >= 0 && at < row.size) row.logits[at] = -INFINITY;
 }
 
-// Tokens that this draw must not give; by threads of the whole block, a barrier follows.
+// Tokens that this draw must not give. By one thread, because they need not be different; a barrier follows.
 DEVICE void mask_for_draw(Row& row, const SlotState& slot, const Budget& b, bool mask_end, bool mask_eos) {
-  const int i = thread_idx();
-  if (i == 0 && mask_end) mask(row, budget_completing(b, row.p->pool));
-  const uint32_t masked = slot.generated < slot.min_generated ? slot.stop_count : mask_eos ? slot.eos_count : 0;
-  if (i >= 1 && (uint32_t)i <= masked) mask(row, slot.stop_ids[i - 1]);
+  if (thread_idx() == 0) {
+    if (mask_end) mask(row, budget_completing(b, row.p->pool));
+    const uint32_t masked = slot.generated < slot.min_generated ? slot.stop_count : mask_eos ? slot.eos_count : 0;
+    for (uint32_t i = 0; i < masked; i++) mask(row, slot.stop_ids[i]);
+  }
   sync_threads();
 }
 
@@ -322,7 +323,8 @@ DEVICE int draw(Row& row, const SlotState& slot, const Candidate& best) {
   if (slot.temperature == 0.f) return best.id;
   const Scale scale = {best.value, 1.f / slot.temperature};
   Threshold t = {0x7f7fffffu, 0xffffffffu};
-  if (slot.min_p > 0.f) t.distance = float_to_bits(-logf(slot.min_p));
+  // Not -logf(): of 1 that would be -0, whose bits are the largest of all.
+  if (slot.min_p > 0.f) t.distance = float_to_bits(0.f - logf(slot.min_p));
   if (slot.top_k > 0 && slot.top_k < row.p->vocab) t = tighten(row, scale, t, false, slot.top_k);
   if (slot.top_p < 1.f) {
     const uint64_t target = (uint64_t)((double)total_mass(row, scale, t) * (double)slot.top_p);

@@ -12,6 +12,7 @@ mod random;
 mod reference;
 #[cfg(feature = "cuda")]
 mod resources;
+mod sampler;
 mod scheduler;
 mod sequence;
 mod simt;
