@@ -133,6 +133,7 @@ struct Bench {
     slots: Buffer,
     counts: Buffer,
     ring: Buffer,
+    step: Buffer,
     vocab: usize,
     rows: usize,
     _others: Vec<Buffer>,
@@ -167,7 +168,7 @@ impl Bench {
             }
         }
         let (slots, counts) = (upload(device, &slots), upload(device, &counts));
-        let ring = upload(device, &[TokenRing::zeroed()]);
+        let (ring, step) = (upload(device, &[TokenRing::zeroed()]), upload(device, &[0u32]));
         let others = vec![
             upload(device, &row_slot),
             upload(device, traits),
@@ -177,11 +178,10 @@ impl Bench {
             upload(device, &bias_values),
             upload(device, &seen),
             upload(device, &[0u32]),
-            upload(device, &[0u32]),
             upload(device, &logits),
         ];
         let params = SampleParams {
-            logits: others[9].pointer(),
+            logits: others[8].pointer(),
             slots: slots.pointer(),
             row_slot: others[0].pointer(),
             token_traits: others[1].pointer(),
@@ -192,8 +192,8 @@ impl Bench {
             output_counts: counts.pointer(),
             prompt_seen: others[6].pointer(),
             ring: ring.pointer(),
-            step: others[7].pointer(),
-            ticket: others[8].pointer(),
+            step: step.pointer(),
+            ticket: others[7].pointer(),
             rows: rows.len() as i32,
             vocab: vocab as i32,
         };
@@ -203,7 +203,7 @@ impl Bench {
             pdl: true,
             ..SAMPLE.launch([cluster, rows.len() as u32, 1], params)
         };
-        Bench { device: device.clone(), launch, slots, counts, ring, vocab, rows: rows.len(), _others: others }
+        Bench { device: device.clone(), launch, slots, counts, ring, step, vocab, rows: rows.len(), _others: others }
     }
 
     /// One step, and its records.
@@ -215,6 +215,12 @@ impl Bench {
         let at = (before % RING_STEPS) as usize;
         assert_eq!(ring.rows[at], self.rows as u32, "rows of the step");
         ring.records[at][..self.rows].to_vec()
+    }
+
+    /// As if that many steps had been made before.
+    fn start_at(&self, step: u32) {
+        self.device.upload(&self.step, 0, bytemuck::bytes_of(&step)).unwrap();
+        self.device.upload(&self.ring, std::mem::offset_of!(TokenRing, head), bytemuck::bytes_of(&step)).unwrap();
     }
 
     fn ring(&self) -> Box<TokenRing> {
@@ -502,5 +508,227 @@ fn every_parameter_with_every_other() {
         let (vocab, padded, cluster) = [(500, 0, 1), (512, 12, 2), (500, 7, 8), (2000, 100, 4)][batch % 4];
         let rows = random_rows(&mut random, vocab, 16);
         run_and_check(&device, &traits(vocab, padded), cluster, &rows, &format!("batch {batch}, vocab {vocab}"));
+    }
+}
+
+#[test]
+fn every_parameter_alone() {
+    let mut random = Random(3);
+    let mut plain = Row::random(&mut random, 500);
+    plain = Row { bias: Vec::new(), ..plain };
+    let plain = Row { state: SlotState { temperature: 1.0, ..Row::new(Vec::new()).state }, ..plain };
+    let with = |set: &dyn Fn(&mut SlotState)| {
+        let mut row = plain.clone();
+        set(&mut row.state);
+        Some(row)
+    };
+    let mut rows = vec![
+        with(&|_| ()),
+        with(&|s| s.temperature = 0.5),
+        with(&|s| s.top_k = 3),
+        with(&|s| s.top_k = 1),
+        with(&|s| s.top_p = 0.3),
+        with(&|s| s.top_p = 1e-9),
+        with(&|s| s.min_p = 0.2),
+        with(&|s| s.min_p = 1.0),
+        with(&|s| s.logprobs = 0),
+        with(&|s| s.logprobs = 20),
+    ];
+    let mut row = plain.clone();
+    row.bias = vec![(17, 15.0), (499, -3.0)];
+    rows.push(Some(row));
+    let mut row = plain.clone();
+    (row.state.flags, row.allowed) = (SLOT_ACTIVE | SLOT_ALLOWED_MASK, vec![false; 500]);
+    (row.allowed[31], row.allowed[499]) = (true, true);
+    rows.push(Some(row));
+    for set in [
+        |s: &mut SlotState| s.repetition_penalty = 2.0,
+        |s: &mut SlotState| s.presence_penalty = 2.0,
+        |s: &mut SlotState| s.frequency_penalty = -2.0,
+    ] {
+        let mut row = plain.clone();
+        row.state.flags |= SLOT_PENALTIES;
+        set(&mut row.state);
+        row.counts = (0..500).map(|_| random.below(3) as u16).collect();
+        row.prompt = (0..500).map(|_| random.below(2) == 0).collect();
+        rows.push(Some(row));
+    }
+    run_and_check(&fast_device(), &traits(500, 0), 2, &rows, "alone");
+}
+
+#[test]
+fn vocabularies_of_real_models() {
+    let mut random = Random(4);
+    for (vocab, padded, cluster) in [(32000, 0, 4), (152_064, 400, 8), (151_936, 271, 4)] {
+        for batch in 0..2 {
+            let rows = random_rows(&mut random, vocab, 5);
+            run_and_check(&fast_device(), &traits(vocab, padded), cluster, &rows, &format!("vocab {vocab}, {batch}"));
+        }
+    }
+}
+
+/// s1's known bug: at temperature 1 it draws ids that no tokenizer knows (s1-notes 1.3).
+#[test]
+fn padded_rows_of_the_vocabulary_are_never_drawn() {
+    for device in devices() {
+        let rows: Vec<_> = (0..2)
+            .map(|i| {
+                let mut row = Row::new((0..500).map(|id| if id < 480 { 0.0 } else { 30.0 }).collect());
+                row.state.temperature = i as f32;
+                row.state.seed_low = i;
+                row.state.logprobs = 4;
+                row.bias = vec![(499, 100.0)];
+                Some(row)
+            })
+            .collect();
+        for record in run_and_check(&device, &traits(500, 20), 2, &rows, "padded rows") {
+            assert!(record.token < 480 && record.top_ids[..4].iter().all(|&id| id < 480));
+        }
+    }
+}
+
+#[test]
+fn a_draw_depends_on_seed_and_position_alone() {
+    let mut random = Random(5);
+    let vocab = 700;
+    let rows: Vec<_> = (0..8).map(|_| Some(Row::random(&mut random, vocab))).collect();
+    let device = fast_device();
+    let tokens = |records: &[TokenRecord]| records.iter().map(|r| r.token).collect::<Vec<_>>();
+    let alone: Vec<i32> = rows
+        .iter()
+        .map(|row| run_and_check(&device, &traits(vocab, 9), 1, std::slice::from_ref(row), "alone")[0].token)
+        .collect();
+    for cluster in [1, 2, 4, 8] {
+        let mut rows = rows.clone();
+        assert_eq!(tokens(&run_and_check(&device, &traits(vocab, 9), cluster, &rows, "together")), alone);
+        rows.reverse();
+        let mut backwards = tokens(&run_and_check(&device, &traits(vocab, 9), cluster, &rows, "reversed"));
+        backwards.reverse();
+        assert_eq!(backwards, alone);
+    }
+}
+
+#[test]
+fn logits_that_leave_nothing_to_draw_end_the_sequence_with_an_error() {
+    let spoil = |set: &dyn Fn(&mut Row)| {
+        let mut row = Row::new((0..500).map(|id| (id % 7) as f32).collect());
+        row.state.temperature = 1.0;
+        row.state.logprobs = 5;
+        set(&mut row);
+        Some(row)
+    };
+    let rows = [
+        spoil(&|row| row.logits[333] = f32::NAN),
+        spoil(&|row| row.logits[0] = f32::INFINITY),
+        spoil(&|row| row.logits.fill(f32::NEG_INFINITY)),
+        spoil(&|row| row.logits.fill(f32::NAN)),
+        spoil(&|row| {
+            row.state.flags |= SLOT_ALLOWED_MASK;
+            row.allowed.fill(false);
+            row.allowed[4] = true;
+            (row.state.stop_count, row.state.stop_ids[0], row.state.min_generated) = (1, 4, 9);
+        }),
+        spoil(&|_| ()),
+        spoil(&|row| row.logits[3] = f32::NEG_INFINITY),
+        spoil(&|row| row.logits[3] = f32::NAN),
+    ];
+    for device in devices() {
+        for (cluster, rows) in [(1, &rows[4..]), (2, &rows[..])] {
+            let bench = Bench::new(&device, &traits(500, 0), cluster, rows);
+            let records = bench.step();
+            for (i, record) in records.iter().enumerate() {
+                let slot = bench.slot(i);
+                let is_bad = ![5, 6].contains(&(i + 8 - rows.len()));
+                assert_eq!(record.finish == FINISH_ERROR, is_bad, "row {i}");
+                assert_eq!((record.serial, record.slot), (7, i as u32 + 1));
+                assert_eq!(record.flags & TOKEN_VALID, TOKEN_VALID);
+                assert_eq!(slot.finish, record.finish);
+                assert_eq!(slot.flags & SLOT_ACTIVE == 0, is_bad);
+                assert_eq!((slot.generated, slot.length), if is_bad { (0, 10) } else { (1, 11) });
+            }
+            // And then they are not active.
+            assert!(
+                bench.step().iter().enumerate().all(|(i, r)| (r.flags == 0) == ![5, 6].contains(&(i + 8 - rows.len())))
+            );
+        }
+    }
+}
+
+#[test]
+fn the_ring_wraps_and_so_does_its_head() {
+    let mut random = Random(6);
+    let mut rows = random_rows(&mut random, 64, 4);
+    let state = SlotState { seed_low: 3, temperature: 1.0, ..Row::new(Vec::new()).state };
+    rows[0] = Some(Row { state, ..Row::new((0..64).map(|id| id as f32 / 16.0).collect()) });
+    let bench = Bench::new(&fast_device(), &traits(64, 0), 2, &rows);
+    for start in [0, u32::MAX - 2] {
+        bench.start_at(start);
+        for i in 0..RING_STEPS + 3 {
+            let before = bench.slot(0);
+            let ring = bench.ring();
+            let record = bench.step()[0];
+            let row = Row { state: before, ..rows[0].clone().unwrap() };
+            check(
+                &row,
+                &traits(64, 0),
+                1,
+                &record,
+                &bench.slot(0),
+                &bench.counts(0),
+                &format!("step {i} after {start}"),
+            );
+            // Nothing but the step's own entry is written.
+            let (mut expected, after) = (ring, bench.ring());
+            let at = (start.wrapping_add(i) % RING_STEPS) as usize;
+            (expected.head, expected.rows[at]) = (after.head, after.rows[at]);
+            expected.records[at][..4].copy_from_slice(&after.records[at][..4]);
+            assert!(bytemuck::bytes_of(&*expected) == bytemuck::bytes_of(&*after), "step {i} after {start}");
+        }
+    }
+}
+
+/// Chi-square over many seeds and positions, with and without truncation.
+#[test]
+fn draws_follow_the_distribution_that_is_left() {
+    let mut random = Random(7);
+    let device = fast_device();
+    for (temperature, top_k, top_p, min_p) in [(1.0, 0, 1.0, 0.0), (0.7, 12, 0.9, 0.0), (2.0, 25, 0.97, 0.1)] {
+        let logits: Vec<f32> = (0..40).map(|_| random.below(200) as f32 / 64.0).collect();
+        let rows: Vec<_> = (0..16)
+            .map(|_| {
+                let mut row = Row::new(logits.clone());
+                let s = &mut row.state;
+                (s.temperature, s.top_k, s.top_p, s.min_p) = (temperature, top_k, top_p, min_p);
+                (s.seed_low, s.seed_high) = (random.next() as u32, random.next() as u32);
+                Some(row)
+            })
+            .collect();
+        let row = rows[0].as_ref().unwrap();
+        let kept = kept(&adjusted(row, &traits(40, 0)), row);
+        let total: f64 = kept.iter().map(|c| (-c.distance).exp()).sum();
+        let bench = Bench::new(&device, &traits(40, 0), 1, &rows);
+        let mut seen = [0.0; 40];
+        let mut draws = 0.0;
+        for _ in 0..4 {
+            for _ in 0..RING_STEPS {
+                device.launch(&bench.launch).unwrap();
+            }
+            for record in bench.ring().records.iter().flatten() {
+                seen[record.token as usize] += 1.0;
+                draws += 1.0;
+            }
+        }
+        let square: f64 = kept
+            .iter()
+            .map(|c| {
+                let expected = draws * (-c.distance).exp() / total;
+                (seen[c.id] - expected).powi(2) / expected
+            })
+            .sum();
+        assert_eq!(kept.iter().map(|c| seen[c.id]).sum::<f64>(), draws, "nothing else is drawn");
+        // Mean n - 1, variance 2 (n - 1); 4 standard deviations, and some for the skew.
+        let freedom = kept.len() as f64 - 1.0;
+        let limit = freedom + 4.0 * (2.0 * freedom).sqrt() + 8.0;
+        assert!(square < limit, "chi-square {square} of {freedom} degrees of freedom");
     }
 }
