@@ -141,6 +141,8 @@ pub enum Finish {
     Stop,
     /// `max_generated` or the context is reached.
     Length,
+    /// The logits were not finite, or no token was left to draw: this event carries no token.
+    Error,
 }
 
 /// One token of one sequence, as the sampler reports it.

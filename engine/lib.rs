@@ -3,18 +3,27 @@
 //! Two halves that share only [`batch`]: logic (requests, sequences, pages; never sees a device) and compute (devices,
 //! kernels, the model; never sees a request). `engine` is where they meet. See ARCHITECTURE.md.
 
+pub mod args;
 pub mod batch;
 pub mod blocks;
 pub mod budget;
 pub mod chat;
 pub mod checkpoint;
+pub mod commands;
 pub mod config;
 pub mod device;
+pub mod engine;
 pub mod error;
+pub mod executor;
+pub mod frontend;
 pub mod kernels;
+pub mod kv_cache;
+pub mod model;
+pub mod ops;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod slots;
 pub mod telemetry;
 pub mod thinking;
 pub mod tiles;

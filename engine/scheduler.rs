@@ -5,7 +5,7 @@
 //! when the pages that it may need at its longest are free or will not be needed by the others: nothing is ever preempted, and
 //! nothing can be stuck half-way. Knows no device and no text.
 
-use crate::batch::{Batch, PrefillChunk, SlotSetup, TokenEvent, Work};
+use crate::batch::{Batch, Finish, PrefillChunk, SlotSetup, TokenEvent, Work};
 use crate::blocks::Blocks;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -127,6 +127,10 @@ impl Scheduler {
         let Some(running) = self.running.get_mut(&event.slot).filter(|r| r.setup.serial == event.serial) else {
             return false;
         };
+        if event.finish == Some(Finish::Error) {
+            self.end(event.slot);
+            return true;
+        }
         running.received += 1;
         assert_eq!(running.setup.generated + running.received, event.generated, "a token was lost or repeated");
         assert!(event.generated <= running.launched, "a token without a step");

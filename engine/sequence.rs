@@ -16,6 +16,8 @@ pub enum FinishReason {
     /// The most tokens asked for, or the context, is reached.
     Length,
     Cancelled,
+    /// The model's logits were not finite, or masks left no token to draw.
+    Error,
 }
 
 impl FinishReason {
@@ -25,6 +27,7 @@ impl FinishReason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
             FinishReason::Cancelled => "cancelled",
+            FinishReason::Error => "error",
         }
     }
 }

@@ -1,12 +1,16 @@
 //! One integration binary; a module per subject.
 
 mod attention;
+mod cli;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod devices;
+mod engine;
 mod layout;
 mod loading;
+mod modulo;
 mod norms;
+mod parity;
 mod products;
 mod random;
 mod reference;

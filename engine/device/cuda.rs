@@ -142,6 +142,17 @@ impl CudaDevice {
             .expect("a device that was opened has processors") as u32
     }
 
+    /// From the clocks as the driver states them. FLOP/s at 1.83 GHz, as data sheets count: the boost clock is higher, and
+    /// does not last under tensor work.
+    pub fn roofline(&self) -> Option<(f64, f64)> {
+        use sys::CUdevice_attribute as Attribute;
+        let number = |which| attribute(self.device, which).ok().map(f64::from);
+        let kilohertz = number(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let bits = number(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        const FLOPS_PER_CLOCK: f64 = 4096.0;
+        Some((2.0 * kilohertz * 1e3 * bits / 8.0, self.processors() as f64 * FLOPS_PER_CLOCK * 1.83e9))
+    }
+
     pub fn alloc(&self, bytes: usize) -> Result<u64> {
         const ALIGNMENT: u64 = 1024;
         self.enter()?;
@@ -264,6 +275,15 @@ impl CudaDevice {
         self.enter_outside_capture("synchronize")?;
         // SAFETY: our stream.
         self.check("cuStreamSynchronize", unsafe { result::stream::synchronize(self.stream) })
+    }
+
+    pub fn is_finished(&self) -> Result<bool> {
+        self.enter_outside_capture("is_finished")?;
+        // SAFETY: our stream.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            answer => self.check("cuStreamQuery", answer.result()).map(|()| true),
+        }
     }
 
     /// Between two events on an idle GPU, without programmatic dependence; includes a few microseconds of launching.

@@ -115,6 +115,10 @@ impl HostDevice {
         4
     }
 
+    pub fn roofline(&self) -> Option<(f64, f64)> {
+        None
+    }
+
     pub fn alloc(&self, bytes: usize) -> Result<u64> {
         // SAFETY: plain allocation; null is checked.
         let memory = unsafe { simt::simt_alloc(bytes as u64, self.queue.id()) };
@@ -178,6 +182,14 @@ impl HostDevice {
         // SAFETY: no launch is running.
         unsafe { simt::simt_sync(self.queue.id()) };
         Ok(())
+    }
+
+    pub fn is_finished(&self) -> Result<bool> {
+        let state = self.queue.state.lock().unwrap();
+        match &state.failure {
+            Some(failure) => Err(Error::Kernel(failure.clone())),
+            None => Ok(!state.busy && state.work.is_empty()),
+        }
     }
 
     /// Seconds that one launch takes.

@@ -5,6 +5,7 @@
 
 pub mod cuda;
 pub mod host;
+pub mod ring;
 
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -154,6 +155,12 @@ impl Device {
         on!(self, d => d.processors())
     }
 
+    /// What the hardware can do at the most: bytes/s of memory, bf16 FLOP/s of the tensor cores without sparsity. None for
+    /// the host target.
+    pub fn roofline(&self) -> Option<(f64, f64)> {
+        on!(self, d => d.roofline())
+    }
+
     /// Device memory, 1024-byte aligned, contents undefined (NaN on the host target).
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
         let address = on!(self, d => d.alloc(bytes))?;
@@ -208,6 +215,14 @@ impl Device {
     /// Waits for everything enqueued; reports the first error of any of it.
     pub fn synchronize(&self) -> Result<()> {
         on!(self, d => d.synchronize())
+    }
+
+    /// Whether everything enqueued has finished; does not wait.
+    ///
+    /// # Errors
+    /// The first error of any of it.
+    pub fn is_finished(&self) -> Result<bool> {
+        on!(self, d => d.is_finished())
     }
 
     /// Runs one launch alone and measures it, seconds.

@@ -1,0 +1,292 @@
+//! The command line as clap reads it. Names are those of the request fields they set; what they may hold together is judged
+//! where requests are validated (`sampling.rs`, `budget.rs`), so that a server judges the same. Knows no device.
+
+use crate::batch::{Accounting, OnEnd};
+use crate::budget::BudgetRequest;
+use crate::frontend::Request;
+use crate::sampling::SamplingRequest;
+use crate::thinking::ThinkingChoice;
+use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// LLM inference with budget forcing: how long a model thinks is decided inside the sampler.
+#[derive(Debug, Parser)]
+#[command(name = "ponder", version, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer one prompt.
+    Generate(GenerateArgs),
+    /// Talk to the model. Ctrl-C stops an answer, Ctrl-D ends.
+    Chat(ChatArgs),
+    /// Show what a model needs: memory plan, kernels with their resources, device.
+    Inspect(InspectArgs),
+}
+
+#[derive(Debug, Group)]
+pub struct GenerateArgs {
+    /// The question; read from standard input when absent.
+    #[arg(value_name = "PROMPT", index = 2)]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompt_file: Option<PathBuf>,
+    /// The prompt as token ids: no template, nothing added.
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompt", "prompt_file", "raw", "system"])]
+    pub prompt_ids: Option<Vec<u32>>,
+    /// Take the prompt as it is, without the chat template.
+    #[arg(long, conflicts_with = "system")]
+    pub raw: bool,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Report the log probability of each token and of the K most likely ones.
+    #[arg(long, value_name = "K", requires = "json")]
+    pub logprobs: Option<u32>,
+    /// Print one JSON object at the end instead of text.
+    #[arg(long)]
+    pub json: bool,
+    /// Run every kernel alone and print time, GB/s, TFLOP/s and % of the roofline.
+    #[arg(long, conflicts_with = "json")]
+    pub profile: bool,
+    #[command(flatten)]
+    pub request: RequestArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Group)]
+pub struct ChatArgs {
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub request: RequestArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Group)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Model and device")]
+pub struct ModelArgs {
+    /// Model folder: config.json, safetensors, tokenizer.json.
+    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
+    pub path: PathBuf,
+    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+    /// Longest sequence, prompt and answer together [default: the model's own, or what memory allows].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..))]
+    pub max_context: Option<u32>,
+    /// KV cache size in pages of 64 tokens [default: enough for one longest sequence, more on a GPU].
+    #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(1..))]
+    pub kv_pages: Option<u32>,
+    /// Launch decode steps kernel by kernel instead of replaying recorded ones.
+    #[arg(long)]
+    pub no_graphs: bool,
+    /// Thinking delimiters: s1 (<|im_start|>think ... <|im_start|>answer), think-tags (<think> ... </think>), none, or auto:
+    /// what the model folder says.
+    #[arg(long, value_enum, default_value = "auto", value_name = "KIND")]
+    thinking: ThinkingKind,
+    /// Explicit delimiter that opens the thinking.
+    #[arg(long, value_name = "TEXT", requires = "thinking_end", conflicts_with = "thinking")]
+    thinking_start: Option<String>,
+    /// Explicit delimiter that closes it.
+    #[arg(long, value_name = "TEXT", requires = "thinking_start", conflicts_with = "thinking")]
+    thinking_end: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ThinkingKind {
+    Auto,
+    S1,
+    ThinkTags,
+    None,
+}
+
+impl ModelArgs {
+    pub fn thinking(&self) -> ThinkingChoice {
+        match (&self.thinking_start, &self.thinking_end, self.thinking) {
+            (Some(start), Some(end), _) => ThinkingChoice::Explicit { start: start.clone(), end: end.clone() },
+            (_, _, ThinkingKind::Auto) => ThinkingChoice::Auto,
+            (_, _, ThinkingKind::S1) => ThinkingChoice::S1,
+            (_, _, ThinkingKind::ThinkTags) => ThinkingChoice::ThinkTags,
+            (_, _, ThinkingKind::None) => ThinkingChoice::None,
+        }
+    }
+}
+
+/// What can be asked for beside the prompt.
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Answer")]
+pub struct RequestArgs {
+    /// Most tokens to generate, thinking included [default: up to the context].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// End the answer where this text would begin; it is not shown. Thinking counts. Repeatable.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+impl RequestArgs {
+    /// Everything but the prompt.
+    pub fn request(&self) -> Request {
+        let RequestArgs { max_tokens, stop, budget, sampling } = self;
+        Request {
+            prompt: Vec::new(),
+            max_tokens: *max_tokens,
+            stop: stop.clone(),
+            sampling: SamplingRequest {
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+                repetition_penalty: sampling.repetition_penalty,
+                presence_penalty: sampling.presence_penalty,
+                frequency_penalty: sampling.frequency_penalty,
+                seed: sampling.seed,
+                logprobs: None,
+                logit_bias: sampling.logit_bias.clone(),
+                allowed_ids: sampling.allowed_ids.clone(),
+                stop_ids: sampling.stop_ids.clone(),
+                ignore_eos: sampling.ignore_eos,
+                min_tokens: sampling.min_tokens,
+            },
+            budget: BudgetRequest {
+                max_thinking_tokens: budget.max_thinking_tokens,
+                min_thinking_tokens: budget.min_thinking_tokens,
+                n_ignore: budget.n_ignore,
+                ignore_strings: (!budget.ignore_string.is_empty()).then(|| budget.ignore_string.clone()),
+                end_string: budget.end_string.clone(),
+                accounting: budget.accounting.into(),
+                on_end: budget.on_end.into(),
+            },
+        }
+    }
+}
+
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Budget forcing")]
+pub struct BudgetArgs {
+    /// End the thinking after that many tokens by forcing the end string.
+    #[arg(long, value_name = "N")]
+    pub max_thinking_tokens: Option<u32>,
+    /// Ignore ends of thinking before that many tokens.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub min_thinking_tokens: u32,
+    /// Ignore the first N ends of thinking.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub n_ignore: u32,
+    /// Takes the place of an ignored end. Repeatable: in turns; empty: the end is just suppressed [default: the model's, Wait].
+    #[arg(long, value_name = "TEXT")]
+    pub ignore_string: Vec<String>,
+    /// Forced at the maximum [default: the model's closing delimiter and "Final Answer:" or its like].
+    #[arg(long, value_name = "TEXT")]
+    pub end_string: Option<String>,
+    /// How thinking tokens are counted.
+    #[arg(long, value_enum, value_name = "MODE", default_value = "strict")]
+    pub accounting: AccountingKind,
+    /// What happens to an end that is to be ignored.
+    #[arg(long, value_enum, value_name = "MODE", default_value = "replace")]
+    pub on_end: OnEndKind,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum AccountingKind {
+    /// Every token between the delimiters, injected ones included.
+    Strict,
+    /// As s1's evaluation: per round, the ignore string included, cut to the maximum at the end.
+    S1Harness,
+    /// As s1's README: over all rounds, the dropped end included, the ignore string not.
+    S1Readme,
+}
+
+impl From<AccountingKind> for Accounting {
+    fn from(kind: AccountingKind) -> Accounting {
+        match kind {
+            AccountingKind::Strict => Accounting::Strict,
+            AccountingKind::S1Harness => Accounting::S1Harness,
+            AccountingKind::S1Readme => Accounting::S1Readme,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OnEndKind {
+    /// It is drawn, dropped and replaced by an ignore string.
+    Replace,
+    /// It is masked: the next best token is taken.
+    Mask,
+}
+
+impl From<OnEndKind> for OnEnd {
+    fn from(kind: OnEndKind) -> OnEnd {
+        match kind {
+            OnEndKind::Replace => OnEnd::Replace,
+            OnEndKind::Mask => OnEnd::Mask,
+        }
+    }
+}
+
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Sampling (defaults from the model's generation_config.json, else greedy)")]
+pub struct SamplingArgs {
+    /// 0 is greedy.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Draw from the K most likely tokens.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Draw from the most likely tokens whose probabilities sum to P.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Draw from the tokens at least P times as likely as the most likely one.
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Logits of tokens that have occurred are divided by X, or multiplied where negative.
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// Taken from the logits of generated tokens.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Taken from the logits of generated tokens, once for each time.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// The same seed gives the same answer.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Added to the logit of a token. Repeatable.
+    #[arg(long, value_name = "ID=X", value_parser = parse_bias, allow_hyphen_values = true)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Draw only these tokens.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub allowed_ids: Option<Vec<u32>>,
+    /// End the answer at these tokens, too.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub stop_ids: Vec<u32>,
+    /// No end before that many tokens.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub min_tokens: u32,
+    /// Go on after the model's end of sequence.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let pair = text.split_once('=').and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
+    pair.ok_or_else(|| "write ID=VALUE, like 42=-1.5".into())
+}

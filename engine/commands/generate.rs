@@ -1,0 +1,113 @@
+//! `ponder generate`: one prompt, one answer.
+
+use super::output::{Meter, Printer};
+use super::profile;
+use crate::args::GenerateArgs;
+use crate::batch::TokenEvent;
+use crate::chat::Message;
+use crate::executor::ExecutorOptions;
+use crate::frontend::Frontend;
+use crate::sequence::{Channel, FinishReason};
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use std::io::Read;
+
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    let (frontend, checkpoint, device) = super::open(&args.model)?;
+    let mut request = args.request.request();
+    request.prompt = prompt(args, &frontend)?;
+    request.sampling.logprobs = args.logprobs;
+    // The context may turn out shorter; all else that is wrong with the request is said before the weights load.
+    frontend.accept(&request, 0, frontend.config.max_position_embeddings as u32)?;
+
+    let options = ExecutorOptions { profile: args.profile, ..super::options(&args.model) };
+    let mut engine = super::load(frontend, &checkpoint, &device, &options)?;
+    let mut meter = Meter::start(super::telemetry(&args.model, &device));
+    let mut printer = Printer::new();
+    engine.submit(&request)?;
+    while !engine.is_idle() {
+        for update in engine.step()? {
+            if !args.json {
+                printer.print(&update.text)?;
+            }
+            meter.take(update);
+        }
+    }
+    let thinks = engine.frontend.delimiters.is_some();
+    if args.json {
+        return printer.write(&format!("{:#}\n", json(&request.prompt, &meter, thinks, args.logprobs.is_some())));
+    }
+    printer.end_line()?;
+    eprintln!("{}", meter.report(thinks));
+    if args.profile {
+        let roofline = device.roofline();
+        printer.write(&profile::table(engine.profile(), roofline))?;
+    }
+    Ok(())
+}
+
+fn prompt(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<u32>> {
+    if let Some(ids) = &args.prompt_ids {
+        return Ok(ids.clone());
+    }
+    let text = match (&args.prompt, &args.prompt_file) {
+        (Some(text), _) => text.clone(),
+        (None, Some(path)) => std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?,
+        (None, None) => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).map_err(|e| Error::io("standard input", e))?;
+            text
+        }
+    };
+    if args.raw {
+        return frontend.tokenizer.encode(&text);
+    }
+    // Files and pipes end with a newline that nobody means.
+    let text = text.trim_end_matches(['\n', '\r']);
+    if text.is_empty() {
+        return Err(Error::request(
+            "prompt",
+            "empty: give it as an argument, with --prompt-file, or on standard input",
+        ));
+    }
+    let system = args.system.iter().map(|text| Message::new("system", text));
+    let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
+    frontend.encode_chat(&messages)
+}
+
+/// The object that `--json` prints.
+fn json(prompt: &[u32], meter: &Meter, thinks: bool, logprobs: bool) -> Value {
+    let answer = &meter.answer;
+    let (speed, last) = (meter.speed(), answer.tokens.last());
+    let logprob = |token: &TokenEvent| {
+        let top: Vec<Value> = token.top.iter().map(|(id, l)| json!({"id": id, "logprob": l})).collect();
+        json!({"id": token.token, "logprob": token.logprob, "top": top})
+    };
+    let thinking = last.filter(|_| thinks).map(|last| {
+        json!({
+            "reasoning_tokens": last.reasoning_tokens,
+            "ignores_used": last.ignores_used,
+            "max_hit": last.max_hit,
+        })
+    });
+    json!({
+        "prompt_ids": prompt,
+        "token_ids": answer.tokens.iter().map(|t| t.token).collect::<Vec<_>>(),
+        "text": answer.text(),
+        "reasoning": thinks.then(|| answer.channel(Channel::Reasoning)),
+        "answer": answer.channel(Channel::Answer),
+        "logprobs": logprobs.then(|| answer.tokens.iter().map(logprob).collect::<Vec<_>>()),
+        "finish_reason": answer.finish.map(FinishReason::name),
+        "usage": {
+            "prompt_tokens": prompt.len(),
+            "completion_tokens": answer.tokens.len(),
+            "total_tokens": prompt.len() + answer.tokens.len(),
+        },
+        "thinking": thinking,
+        "speed": {
+            "seconds_to_first_token": speed.seconds_to_first_token,
+            "tokens_per_second": speed.tokens_per_second,
+            "joules_per_token": speed.joules_per_token,
+        },
+    })
+}

@@ -1,0 +1,413 @@
+//! Runs steps: a [`Batch`] becomes launches, on a GPU as one graph per decode bucket. Steps are enqueued and never waited for
+//! one by one; what they made is read from the ring later. Must not know requests, text, or why a batch is what it is.
+
+use crate::batch::{Batch, PrefillChunk, TokenEvent, Work};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::device::{Buffer, Device, Graph, Launch};
+use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS};
+use crate::kv_cache::KvCache;
+use crate::model::{self, Activations, Model, PrefillStep};
+use crate::ops::{Rows, Tiles};
+use crate::slots::{self, Slots};
+use crate::tiles::{ChunkRows, prefill_tiles};
+use crate::{Error, Result};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Rows of the decode steps that are recorded; a batch takes the smallest that holds it, the rest is padding.
+pub const BUCKETS: [u32; 5] = [1, 2, 4, 8, 16];
+
+/// How to run.
+#[derive(Clone, Debug)]
+pub struct ExecutorOptions {
+    /// Sequences at a time, and one more: slot 0 is reserved.
+    pub max_slots: u32,
+    /// Longest sequence; absent: the model's, or what fits.
+    pub max_context: Option<u32>,
+    /// KV cache in pages; absent: what is useful and fits.
+    pub pages: Option<u32>,
+    /// Most prompt tokens in one step.
+    pub prefill_chunk: u32,
+    /// Replay recorded decode steps; otherwise launch kernel by kernel.
+    pub graphs: bool,
+    /// Run every kernel alone and measure it.
+    pub profile: bool,
+}
+
+impl Default for ExecutorOptions {
+    fn default() -> Self {
+        ExecutorOptions {
+            max_slots: 1 + MAX_DECODE_ROWS,
+            max_context: None,
+            pages: None,
+            prefill_chunk: 512,
+            graphs: true,
+            profile: false,
+        }
+    }
+}
+
+/// What takes device memory, decided before anything is allocated. Sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    pub slots: u32,
+    /// Page 0 is reserved.
+    pub pages: u32,
+    /// Tokens of the longest sequence.
+    pub context: u32,
+    pub prefill_chunk: u32,
+    pub weights: u64,
+    pub kv_cache: u64,
+    pub activations: u64,
+    pub slot_states: u64,
+    pub free: u64,
+}
+
+impl MemoryPlan {
+    /// # Errors
+    /// A context that the model does not have, or that does not fit; too little memory.
+    pub fn new(device: &Device, c: &ModelConfig, options: &ExecutorOptions) -> Result<MemoryPlan> {
+        assert!((2..=MAX_SLOTS).contains(&options.max_slots) && options.prefill_chunk >= MAX_DECODE_ROWS);
+        let model_context = c.max_position_embeddings as u32;
+        if options.max_context.is_some_and(|n| n > model_context) {
+            let n = options.max_context.unwrap();
+            return Err(Error::request(
+                "max-context",
+                format!("{n} is more than the model was made for, {model_context}"),
+            ));
+        }
+        let mut context = options.max_context.unwrap_or(model_context);
+        let (free, _) = device.memory()?;
+        let weights = model::weight_bytes(c);
+        let activations = Activations::bytes(c, options.prefill_chunk) + context as u64 * c.head_dim as u64 * 4;
+        let slot_states = slots::slot_bytes(options.max_slots, c.vocab_size);
+        let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c));
+        // Some is left to the driver, and on the host target to everybody else.
+        let usable = if device.is_host() { free / 2 } else { free - free / 16 };
+        let room = usable.saturating_sub(weights + activations + slot_states) / page_bytes;
+        let longest = context.div_ceil(PAGE_TOKENS);
+        let pages = match options.pages {
+            Some(pages) => pages as u64 + 1,
+            // On the host target memory is not the KV cache's alone: as much as a few long sequences want.
+            None if device.is_host() => room.min(1 + 4 * longest as u64),
+            None => room.min(1 + (options.max_slots - 1) as u64 * longest as u64),
+        };
+        if pages > room || room < 2 {
+            let need = weights + activations + slot_states + pages.max(2) * page_bytes;
+            return Err(Error::Device(format!(
+                "not enough memory: {} are needed ({} of weights, {} pages of KV cache of {} each), {} can be had: lower \
+                 --kv-pages or --max-context, or take a smaller model",
+                mebibytes(need),
+                mebibytes(weights),
+                pages.max(2),
+                mebibytes(page_bytes),
+                mebibytes(usable)
+            )));
+        }
+        let pages = pages as u32;
+        let fits = (pages - 1).saturating_mul(PAGE_TOKENS);
+        if let Some(wanted) = options.max_context.filter(|&n| n > fits) {
+            return Err(Error::request(
+                "max-context",
+                format!(
+                    "{wanted} tokens need {} pages, and the KV cache has {}",
+                    wanted.div_ceil(PAGE_TOKENS),
+                    pages - 1
+                ),
+            ));
+        }
+        context = context.min(fits);
+        Ok(MemoryPlan {
+            slots: options.max_slots,
+            pages,
+            context,
+            prefill_chunk: options.prefill_chunk,
+            weights,
+            kv_cache: pages as u64 * page_bytes,
+            activations,
+            slot_states,
+            free,
+        })
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+}
+
+/// What one kernel has cost so far, each launch run alone.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KernelCost {
+    pub launches: u64,
+    pub seconds: f64,
+    /// That had to move, and to be computed.
+    pub bytes: u64,
+    pub flops: u64,
+}
+
+pub struct Executor {
+    device: Device,
+    plan: MemoryPlan,
+    model: Model,
+    cache: KvCache,
+    slots: Slots,
+    activations: Activations,
+    inputs: Inputs,
+    /// By bucket; empty without graphs.
+    graphs: Vec<Graph>,
+    /// What `inputs.decode_slot` holds.
+    decode_slots: [i32; MAX_DECODE_ROWS as usize],
+    /// Tokens of each slot's sequence, those in flight included.
+    lengths: Vec<u32>,
+    in_flight: u32,
+    profile: Option<BTreeMap<&'static str, KernelCost>>,
+}
+
+/// What the host says of a step, in device memory; [rows] i32 where nothing else is said.
+struct Inputs {
+    decode_slot: Buffer,
+    prefill_slot: Buffer,
+    position: Buffer,
+    prompt_token: Buffer,
+    prompt_position: Buffer,
+    /// [rows] of PrefillTile.
+    tiles: Buffer,
+    tile_count: Buffer,
+    /// [16].
+    last_rows: Buffer,
+    last_slots: Buffer,
+}
+
+impl Executor {
+    /// Loads the weights and records the decode steps. `traits`: [vocab], from the tokenizer. `progress` hears of bytes done
+    /// and bytes in all.
+    ///
+    /// # Errors
+    /// Tensors that are missing or of the wrong shape, too little memory, a device that fails.
+    pub fn new(
+        device: &Device,
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        traits: &[u8],
+        options: &ExecutorOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Executor> {
+        let plan = MemoryPlan::new(device, config, options)?;
+        let model = Model::load(device, config, checkpoint, plan.context, progress)?;
+        let (rows, decode_rows) = (plan.prefill_chunk as usize, MAX_DECODE_ROWS as usize);
+        let zeroed = |words: usize| -> Result<Buffer> {
+            let buffer = device.alloc(words * 4)?;
+            device.fill(&buffer, 0, words * 4, 0)?;
+            Ok(buffer)
+        };
+        let inputs = Inputs {
+            decode_slot: zeroed(decode_rows)?,
+            prefill_slot: zeroed(rows)?,
+            position: zeroed(rows)?,
+            prompt_token: zeroed(rows)?,
+            prompt_position: zeroed(rows)?,
+            tiles: zeroed(rows * size_of::<PrefillTile>() / 4)?,
+            tile_count: zeroed(1)?,
+            last_rows: zeroed(decode_rows)?,
+            last_slots: zeroed(decode_rows)?,
+        };
+        let max_pages = plan.context.div_ceil(PAGE_TOKENS);
+        let cache = KvCache::new(device, config.num_layers, model::heads(config), plan.pages, plan.slots, max_pages)?;
+        let mut executor = Executor {
+            device: device.clone(),
+            slots: Slots::new(device, plan.slots, traits)?,
+            activations: Activations::new(device, config, plan.prefill_chunk)?,
+            lengths: vec![0; plan.slots as usize],
+            plan,
+            model,
+            cache,
+            inputs,
+            graphs: Vec::new(),
+            decode_slots: [0; MAX_DECODE_ROWS as usize],
+            in_flight: 0,
+            profile: options.profile.then(BTreeMap::new),
+        };
+        if options.graphs && !options.profile {
+            for bucket in BUCKETS {
+                device.begin_capture()?;
+                for launch in executor.decode_launches(bucket, 0)? {
+                    device.launch(&launch)?;
+                }
+                executor.graphs.push(device.end_capture()?);
+            }
+        }
+        device.synchronize()?;
+        Ok(executor)
+    }
+
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// Steps whose tokens have not been read yet.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// What each kernel has cost, when profiling.
+    pub fn profile(&self) -> impl Iterator<Item = (&'static str, KernelCost)> {
+        self.profile.iter().flatten().map(|(&name, &cost)| (name, cost))
+    }
+
+    /// The launches of a decode step of so many rows, as recorded.
+    pub fn decode_launches(&self, bucket: u32, keys: u64) -> Result<Vec<Launch>> {
+        let rows = Rows { count: bucket, slot: &self.inputs.decode_slot, position: &self.inputs.position };
+        self.model.decode(&rows, keys, &self.cache, &self.slots, &self.activations)
+    }
+
+    /// Enqueues a step.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn submit(&mut self, batch: &Batch) -> Result<()> {
+        assert!(self.in_flight < RING_STEPS, "the ring holds {RING_STEPS} steps");
+        for &slot in &batch.releases {
+            self.slots.release(slot)?;
+        }
+        for setup in &batch.admissions {
+            self.slots.admit(setup)?;
+            self.lengths[setup.slot as usize] = setup.tokens.len() as u32;
+        }
+        self.cache.set_pages(&self.device, &batch.pages)?;
+        match &batch.work {
+            Work::Nothing => Ok(()),
+            Work::Prefill(chunks) => self.prefill(chunks),
+            Work::Decode(slots) => self.decode(slots),
+        }
+    }
+
+    fn decode(&mut self, slots: &[u32]) -> Result<()> {
+        let index = BUCKETS.iter().position(|&b| slots.len() <= b as usize).expect("the scheduler knows the rows");
+        let mut decode_slots = [0; MAX_DECODE_ROWS as usize];
+        for (to, &slot) in decode_slots.iter_mut().zip(slots) {
+            *to = slot as i32;
+        }
+        if decode_slots != self.decode_slots {
+            self.device.upload(&self.inputs.decode_slot, 0, bytemuck::cast_slice(&decode_slots))?;
+            self.decode_slots = decode_slots;
+        }
+        match self.graphs.get(index) {
+            Some(graph) => self.device.replay(graph)?,
+            None => {
+                let keys = slots.iter().map(|&s| self.lengths[s as usize] as u64).sum();
+                let launches = self.decode_launches(BUCKETS[index], keys)?;
+                self.launch(launches)?;
+            }
+        }
+        for &slot in slots {
+            self.lengths[slot as usize] += 1;
+        }
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn prefill(&mut self, chunks: &[PrefillChunk]) -> Result<()> {
+        let (mut token, mut position, mut slot) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut last_rows, mut last_slots, mut chunk_rows) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut pairs, mut keys) = (0, 0);
+        for chunk in chunks {
+            let (first_row, tokens) = (token.len() as u32, chunk.tokens.len() as u32);
+            chunk_rows.push(ChunkRows { slot: chunk.slot, first_row, tokens, position: chunk.position });
+            token.extend(chunk.tokens.iter().map(|&t| t as i32));
+            position.extend((chunk.position..).take(chunk.tokens.len()).map(|p| p as i32));
+            slot.extend(std::iter::repeat_n(chunk.slot as i32, chunk.tokens.len()));
+            if chunk.last {
+                last_rows.push(token.len() as i32 - 1);
+                last_slots.push(chunk.slot as i32);
+                self.lengths[chunk.slot as usize] += 1;
+            }
+            let (before, new) = (chunk.position as u64, tokens as u64);
+            pairs += before * new + new * (new + 1) / 2;
+            keys += before + new;
+        }
+        assert!(token.len() <= self.plan.prefill_chunk as usize, "more tokens than a step has rows");
+        let tiles = prefill_tiles(&chunk_rows, model::heads(&self.model.config).group());
+        let (device, inputs) = (&self.device, &self.inputs);
+        for (buffer, words) in [
+            (&inputs.prompt_token, &token),
+            (&inputs.prompt_position, &position),
+            (&inputs.prefill_slot, &slot),
+            (&inputs.tile_count, &vec![tiles.len() as i32; 1]),
+            (&inputs.last_rows, &last_rows),
+            (&inputs.last_slots, &last_slots),
+        ] {
+            device.upload(buffer, 0, bytemuck::cast_slice(words))?;
+        }
+        device.upload(&inputs.tiles, 0, bytemuck::cast_slice(&tiles))?;
+        let step = PrefillStep {
+            rows: Rows { count: token.len() as u32, slot: &inputs.prefill_slot, position: &inputs.position },
+            tokens: &inputs.prompt_token,
+            positions: &inputs.prompt_position,
+            tiles: Tiles {
+                tiles: &inputs.tiles,
+                device_count: &inputs.tile_count,
+                count: tiles.len() as u32,
+                pairs,
+                keys,
+            },
+            last_rows: &inputs.last_rows,
+            last_slots: &inputs.last_slots,
+            sampled: last_rows.len() as u32,
+        };
+        let launches = self.model.prefill(&step, &self.cache, &self.slots, &self.activations)?;
+        self.launch(launches)?;
+        self.in_flight += !last_rows.is_empty() as u32;
+        Ok(())
+    }
+
+    fn launch(&mut self, launches: Vec<Launch>) -> Result<()> {
+        let Some(profile) = &mut self.profile else {
+            return launches.iter().try_for_each(|launch| self.device.launch(launch));
+        };
+        for launch in launches {
+            let seconds = self.device.time(&launch)?;
+            let cost = profile.entry(launch.kernel.name.to_str().expect("names are ASCII")).or_default();
+            cost.launches += 1;
+            cost.seconds += seconds;
+            cost.bytes += launch.bytes;
+            cost.flops += launch.flops;
+        }
+        Ok(())
+    }
+
+    /// The tokens of the oldest step in flight; waits for it.
+    ///
+    /// # Errors
+    /// The device failed: its first error.
+    pub fn wait(&mut self) -> Result<Vec<TokenEvent>> {
+        assert!(self.in_flight > 0, "nothing to wait for");
+        // On a GPU a token is due in less time than it takes to go to sleep.
+        let spins = if self.device.is_host() { 0 } else { 20_000 };
+        for turn in 0.. {
+            // Before the ring is read: what has finished has also published its tokens.
+            let finished = turn % 64 == 63 && self.device.is_finished()?;
+            if let Some(events) = self.slots.pop() {
+                self.in_flight -= 1;
+                return Ok(events);
+            }
+            assert!(!finished, "all steps are done, and one has published nothing");
+            if turn < spins {
+                std::hint::spin_loop();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        unreachable!()
+    }
+
+    /// Logits [rows][vocab] of the last step that made any; waits for everything.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn logits(&self, rows: usize) -> Result<Vec<f32>> {
+        let mut logits = vec![0.0; rows * self.model.config.vocab_size];
+        self.device.download(&self.activations.logits, 0, bytemuck::cast_slice_mut(&mut logits))?;
+        Ok(logits)
+    }
+}

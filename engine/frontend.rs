@@ -1,0 +1,106 @@
+//! The text side of a model: prompts become token ids, and requests are judged and become what scheduler and sampler need.
+//! Opening it reads everything but the weights, so that bad input is refused before they load. Knows no device.
+
+use crate::batch::SlotSetup;
+use crate::budget::BudgetRequest;
+use crate::chat::{ChatTemplate, Message};
+use crate::config::ModelConfig;
+use crate::sampling::SamplingRequest;
+use crate::sequence::Transcript;
+use crate::thinking::{Delimiters, ThinkingChoice};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+pub struct Frontend {
+    folder: PathBuf,
+    pub config: ModelConfig,
+    pub tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    /// None: the model does not think, or is not to.
+    pub delimiters: Option<Delimiters>,
+}
+
+/// What a user asks for.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// Token ids, complete ([`Frontend::encode_chat`] or any others).
+    pub prompt: Vec<u32>,
+    /// None: as many as fit.
+    pub max_tokens: Option<u32>,
+    pub stop: Vec<String>,
+    pub sampling: SamplingRequest,
+    pub budget: BudgetRequest,
+}
+
+impl Frontend {
+    /// # Errors
+    /// A folder without a model, or one whose files cannot be used or do not belong together.
+    pub fn open(folder: &Path, thinking: &ThinkingChoice) -> Result<Frontend> {
+        if !folder.is_dir() {
+            return Err(Error::model(
+                folder,
+                "no such folder: give one with config.json, safetensors and tokenizer.json",
+            ));
+        }
+        let config = ModelConfig::load(folder)?;
+        let tokenizer = Tokenizer::load(folder, config.vocab_size)?;
+        let template = ChatTemplate::load(folder)?;
+        let delimiters = Delimiters::resolve(thinking, folder, &tokenizer)?;
+        Ok(Frontend { folder: folder.into(), config, tokenizer, template, delimiters })
+    }
+
+    /// The prompt that asks for an answer to these messages, thinking opened where the model expects that.
+    ///
+    /// # Errors
+    /// A model without a chat template, or one that does not take these messages.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let Some(template) = &self.template else {
+            return Err(Error::model(
+                &self.folder,
+                "the model has no chat template: give the prompt as it is, with --raw",
+            ));
+        };
+        let mut ids = self.tokenizer.encode(&template.render(messages, true, &serde_json::Map::new())?)?;
+        ids.extend(self.delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));
+        Ok(ids)
+    }
+
+    /// A request as the scheduler takes it, `serial` being its number; and what makes text of its tokens.
+    ///
+    /// # Errors
+    /// What could never be served in a context of so many tokens.
+    pub fn accept(&self, request: &Request, serial: u32, context: u32) -> Result<(SlotSetup, Transcript)> {
+        let Request { prompt, max_tokens, stop, sampling, budget } = request;
+        if prompt.is_empty() {
+            return Err(Error::request("prompt", "empty: there is nothing to answer"));
+        }
+        if let Some(id) = prompt.iter().find(|&&id| self.tokenizer.token_bytes(id).is_empty()) {
+            return Err(Error::request("prompt", format!("{id} is not the id of a token of this model")));
+        }
+        let room = (context as usize).saturating_sub(prompt.len()) as u32;
+        if room == 0 {
+            let problem = format!("{} tokens leave no room for an answer in a context of {context}", prompt.len());
+            return Err(Error::request("prompt", problem + ": shorten it, or raise --max-context or --kv-pages"));
+        }
+        if *max_tokens == Some(0) {
+            return Err(Error::request("max_tokens", "0: ask for at least one"));
+        }
+        if stop.iter().any(String::is_empty) {
+            return Err(Error::request("stop", "an empty string stands everywhere: leave it out"));
+        }
+        let setup = SlotSetup {
+            slot: 0,
+            serial,
+            tokens: prompt.clone(),
+            generated: 0,
+            max_generated: max_tokens.map_or(room, |most| most.min(room)),
+            max_length: context,
+            eos_ids: self.config.eos_token_ids.clone(),
+            sampling: sampling.validate(&self.config.defaults, self.config.vocab_size, &self.config.eos_token_ids)?,
+            budget: budget.validate(self.delimiters.as_ref(), &self.tokenizer, prompt)?,
+        };
+        let close = setup.budget.as_ref().map(|b| self.tokenizer.decode(&b.close)).unwrap_or_default();
+        Ok((setup, Transcript::new(stop.clone(), close)))
+    }
+}

@@ -1,0 +1,78 @@
+//! K and V of all sequences in device memory: pools of pages, one pair per layer, and the block table that says which page
+//! holds which tokens of a slot. Must not know who decides that.
+
+use crate::Result;
+use crate::batch::PageEntry;
+use crate::device::{Buffer, Device, TensorMapSpec};
+use crate::kernels::params::{PAGE_TOKENS, TensorMap};
+use crate::ops::{Heads, Pages};
+
+pub struct KvCache {
+    layers: Vec<Layer>,
+    /// [slots][max_pages] i32. What is not set points at page 0, which belongs to nobody.
+    block_table: Buffer,
+    max_pages: u32,
+}
+
+struct Layer {
+    k: Buffer,
+    v: Buffer,
+    k_map: TensorMap,
+    v_map: TensorMap,
+}
+
+impl KvCache {
+    /// Bytes of one page in all layers.
+    pub fn page_bytes(layers: usize, heads: Heads) -> u64 {
+        layers as u64 * 2 * (heads.kv * PAGE_TOKENS * heads.dim) as u64 * 2
+    }
+
+    /// `max_pages`: of one sequence.
+    pub fn new(
+        device: &Device,
+        layers: usize,
+        heads: Heads,
+        pages: u32,
+        slots: u32,
+        max_pages: u32,
+    ) -> Result<KvCache> {
+        let (dim, page, kv) = (heads.dim as u64, PAGE_TOKENS as u64, heads.kv as u64);
+        let pool = || -> Result<(Buffer, TensorMap)> {
+            let buffer = device.alloc((pages as u64 * kv * page * dim * 2) as usize)?;
+            // Attention multiplies the unused tokens of a page by 0: they must be finite.
+            device.fill(&buffer, 0, buffer.bytes(), 0)?;
+            let map = device.tensor_map(&TensorMapSpec {
+                address: buffer.address(),
+                dims: [dim, page, kv, pages as u64],
+                strides: [2, dim * 2, page * dim * 2, kv * page * dim * 2],
+                r#box: [64, PAGE_TOKENS, 1, 1],
+                swizzle: true,
+            })?;
+            Ok((buffer, map))
+        };
+        let layer = |_| -> Result<Layer> {
+            let ((k, k_map), (v, v_map)) = (pool()?, pool()?);
+            Ok(Layer { k, v, k_map, v_map })
+        };
+        let layers = (0..layers).map(layer).collect::<Result<_>>()?;
+        let block_table = device.alloc((slots * max_pages) as usize * 4)?;
+        device.fill(&block_table, 0, block_table.bytes(), 0)?;
+        Ok(KvCache { layers, block_table, max_pages })
+    }
+
+    pub fn layer(&self, index: usize) -> Pages<'_> {
+        let Layer { k, v, k_map, v_map } = &self.layers[index];
+        Pages { k, v, k_map: *k_map, v_map: *v_map, block_table: &self.block_table, max_pages: self.max_pages }
+    }
+
+    /// Enters pages into the block table, in stream order.
+    pub fn set_pages(&self, device: &Device, entries: &[PageEntry]) -> Result<()> {
+        for run in entries.chunk_by(|a, b| a.slot == b.slot && a.index + 1 == b.index) {
+            let pages: Vec<i32> = run.iter().map(|e| e.page as i32).collect();
+            assert!(run[0].index as usize + pages.len() <= self.max_pages as usize, "more pages than a sequence has");
+            let at = (run[0].slot * self.max_pages + run[0].index) as usize * 4;
+            device.upload(&self.block_table, at, bytemuck::cast_slice(&pages))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,345 @@
+//! A model's weights on the device and its forward pass as a list of launches, straight through: prefill by matrix products
+//! over many rows, decode by products that stream the weights once. Differences between models are data.
+//! Must not know requests, nor when a step runs.
+
+use crate::checkpoint::{Checkpoint, Dtype};
+use crate::config::ModelConfig;
+use crate::device::{Buffer, Device, Launch};
+use crate::kernels::params::MAX_DECODE_ROWS;
+use crate::kv_cache::KvCache;
+use crate::ops::{self, Epilogue, Heads, Linear, Norm, Rows, Tiles, Workspace};
+use crate::slots::Slots;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Gate and up are interleaved by blocks of so many rows, as the silu epilogues want them.
+const INTERLEAVE: usize = 8;
+
+pub struct Model {
+    pub config: ModelConfig,
+    device: Device,
+    embedding: Arc<Buffer>,
+    layers: Vec<Layer>,
+    final_norm: Norm,
+    head: Linear,
+    /// [positions][head_dim / 2][2] fp32.
+    cos_sin: Buffer,
+}
+
+struct Layer {
+    input_norm: Norm,
+    qkv: Linear,
+    qk_norm: Option<(Norm, Norm)>,
+    o: Linear,
+    post_norm: Norm,
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// What flows through a step; every buffer has room for `rows` rows. Reused by every layer.
+pub struct Activations {
+    /// [rows][hidden], the residual stream.
+    residual: Buffer,
+    normed: Buffer,
+    /// [rows][(q + 2 kv) heads * dim].
+    qkv: Buffer,
+    /// [rows][q heads * dim].
+    q: Buffer,
+    attention: Buffer,
+    /// [rows][intermediate].
+    mlp: Buffer,
+    /// [16][hidden].
+    product: Buffer,
+    /// [16][vocab] fp32.
+    pub logits: Buffer,
+    workspace: Workspace,
+}
+
+impl Activations {
+    pub fn bytes(c: &ModelConfig, rows: u32) -> u64 {
+        let (heads, decode) = (heads(c), MAX_DECODE_ROWS as usize);
+        let columns =
+            2 * c.hidden_size + (heads.columns() + 2 * heads.query * heads.dim) as usize + c.intermediate_size;
+        (rows as usize * columns * 2 + decode * (c.hidden_size * 2 + c.vocab_size * 4)) as u64
+    }
+
+    pub fn new(device: &Device, c: &ModelConfig, rows: u32) -> Result<Activations> {
+        let heads = heads(c);
+        let decode = MAX_DECODE_ROWS as usize;
+        let matrix = |columns: usize| device.alloc(rows as usize * columns * 2);
+        let q_columns = (heads.query * heads.dim) as usize;
+        let widest = (2 * c.intermediate_size).max(c.vocab_size).max(heads.columns() as usize);
+        Ok(Activations {
+            residual: matrix(c.hidden_size)?,
+            normed: matrix(c.hidden_size)?,
+            qkv: matrix(heads.columns() as usize)?,
+            q: matrix(q_columns)?,
+            attention: matrix(q_columns)?,
+            mlp: matrix(c.intermediate_size)?,
+            product: device.alloc(decode * c.hidden_size * 2)?,
+            logits: device.alloc(decode * c.vocab_size * 4)?,
+            workspace: Workspace::new(device, widest, heads)?,
+        })
+    }
+}
+
+/// A prefill step in device memory.
+pub struct PrefillStep<'a> {
+    pub rows: Rows<'a>,
+    /// [rows] i32 each.
+    pub tokens: &'a Buffer,
+    pub positions: &'a Buffer,
+    pub tiles: Tiles<'a>,
+    /// Rows whose logits are sampled, and their slots; [sampled] i32 each.
+    pub last_rows: &'a Buffer,
+    pub last_slots: &'a Buffer,
+    pub sampled: u32,
+}
+
+pub fn heads(c: &ModelConfig) -> Heads {
+    Heads { query: c.num_heads as u32, kv: c.num_kv_heads as u32, dim: c.head_dim as u32 }
+}
+
+/// Bytes that the weights take on the device.
+pub fn weight_bytes(c: &ModelConfig) -> u64 {
+    let heads = heads(c);
+    let q = (heads.query * heads.dim) as usize;
+    let layer = (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size
+        + 2 * c.hidden_size
+        + if c.qkv_bias { heads.columns() as usize } else { 0 }
+        + if c.qk_norm { 2 * heads.dim as usize } else { 0 };
+    let tables = if c.tie_word_embeddings { 1 } else { 2 } * c.vocab_size * c.hidden_size;
+    2 * (c.num_layers * layer + tables + c.hidden_size) as u64
+}
+
+impl Model {
+    /// Loads the weights. `positions`: the longest sequence. `progress` hears of bytes done and bytes in all.
+    ///
+    /// # Errors
+    /// Tensors that are missing or of the wrong shape or type, a shape that no kernel fits, too little memory.
+    pub fn load(
+        device: &Device,
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        positions: u32,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model> {
+        check_shape(config)?;
+        let mut loader =
+            Loader { device, checkpoint, eps: config.rms_norm_eps, done: 0, all: weight_bytes(config), progress };
+        let (c, h) = (config, config.hidden_size);
+        let embedding = Arc::new(loader.rows(&[("model.embed_tokens.weight", c.vocab_size)], h)?);
+        let layers = (0..c.num_layers).map(|i| loader.layer(c, i)).collect::<Result<_>>()?;
+        let head_weight = match c.tie_word_embeddings {
+            true => embedding.clone(),
+            false => Arc::new(loader.rows(&[("lm_head.weight", c.vocab_size)], h)?),
+        };
+        let final_norm = loader.norm("model.norm.weight", h)?;
+        let head = Linear::new(device, head_weight, None, c.vocab_size, h)?;
+        let table = cos_sin(positions as usize, c.head_dim, c.rope_theta);
+        let cos_sin = device.alloc(table.len() * 4)?;
+        device.upload(&cos_sin, 0, bytemuck::cast_slice(&table))?;
+        Ok(Model { config: config.clone(), device: device.clone(), embedding, layers, final_norm, head, cos_sin })
+    }
+
+    fn heads(&self) -> Heads {
+        heads(&self.config)
+    }
+
+    fn embed(&self, slots: &Slots, rows: &Rows, prompt: Option<(&Buffer, &Buffer)>, to: &Activations) -> Launch {
+        let c = &self.config;
+        ops::embed(&self.embedding, &slots.states, rows, prompt, &to.residual, c.hidden_size, c.vocab_size)
+    }
+
+    /// Chunks of prompts; samples the next token of those that end.
+    pub fn prefill(&self, step: &PrefillStep, cache: &KvCache, slots: &Slots, a: &Activations) -> Result<Vec<Launch>> {
+        let (device, heads, count) = (&self.device, self.heads(), step.rows.count);
+        let gemm = |x, w, epilogue, out| ops::gemm(device, x, w, count, epilogue, out);
+        let mut launches = vec![self.embed(slots, &step.rows, Some((step.tokens, step.positions)), a)];
+        for (i, layer) in self.layers.iter().enumerate() {
+            let pages = cache.layer(i);
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
+            launches.extend([
+                ops::rms_norm(&a.residual, &layer.input_norm, None, count, &a.normed),
+                gemm(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
+                ops::rope_append(&a.qkv, heads, qk_norm, &self.cos_sin, &step.rows, &pages, &a.q),
+                ops::attn_prefill(device, &a.q, heads, count, &step.tiles, &pages, &a.attention)?,
+                gemm(&a.attention, &layer.o, Epilogue::Residual, &a.residual)?,
+                ops::rms_norm(&a.residual, &layer.post_norm, None, count, &a.normed),
+                gemm(&a.normed, &layer.gate_up, Epilogue::Silu, &a.mlp)?,
+                gemm(&a.mlp, &layer.down, Epilogue::Residual, &a.residual)?,
+            ]);
+        }
+        if step.sampled > 0 {
+            let (n, last) = (step.sampled, Some(step.last_rows));
+            launches.extend([
+                ops::rms_norm(&a.residual, &self.final_norm, last, n, &a.normed),
+                ops::gemv(device, &a.normed, &self.head, n, Epilogue::Logits, &a.logits, &a.workspace)?,
+                ops::sample(slots.sample_params(), &a.logits, step.last_slots, n),
+            ]);
+        }
+        Ok(launches)
+    }
+
+    /// One token for each row. The same launches for every step of so many rows; `keys`, the tokens of all rows' sequences,
+    /// is for the report alone.
+    pub fn decode(
+        &self,
+        rows: &Rows,
+        keys: u64,
+        cache: &KvCache,
+        slots: &Slots,
+        a: &Activations,
+    ) -> Result<Vec<Launch>> {
+        let (device, heads, n) = (&self.device, self.heads(), rows.count);
+        let gemv = |x, w, epilogue, out| ops::gemv(device, x, w, n, epilogue, out, &a.workspace);
+        let mut launches = vec![self.embed(slots, rows, None, a)];
+        for (i, layer) in self.layers.iter().enumerate() {
+            let pages = cache.layer(i);
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
+            launches.extend([
+                match i {
+                    0 => ops::rms_norm(&a.residual, &layer.input_norm, None, n, &a.normed),
+                    _ => ops::add_rms_norm(&a.product, &a.residual, &layer.input_norm, n, &a.normed),
+                },
+                gemv(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
+                ops::rope_append(&a.qkv, heads, qk_norm, &self.cos_sin, rows, &pages, &a.q),
+                ops::attn_decode(&a.q, heads, rows, keys, &pages, &a.attention, &a.workspace),
+                gemv(&a.attention, &layer.o, Epilogue::Plain, &a.product)?,
+                ops::add_rms_norm(&a.product, &a.residual, &layer.post_norm, n, &a.normed),
+                gemv(&a.normed, &layer.gate_up, Epilogue::Silu, &a.mlp)?,
+                gemv(&a.mlp, &layer.down, Epilogue::Plain, &a.product)?,
+            ]);
+        }
+        launches.extend([
+            ops::add_rms_norm(&a.product, &a.residual, &self.final_norm, n, &a.normed),
+            gemv(&a.normed, &self.head, Epilogue::Logits, &a.logits)?,
+            ops::sample(slots.sample_params(), &a.logits, rows.slot, n),
+        ]);
+        Ok(launches)
+    }
+}
+
+/// # Errors
+/// A shape that no kernel fits.
+fn check_shape(c: &ModelConfig) -> Result<()> {
+    let heads = heads(c);
+    let fits = |what: &str, value: usize, multiple: usize| match value.is_multiple_of(multiple) {
+        true => Ok(()),
+        false => Err(Error::Device(format!("{what} is {value}: the kernels need a multiple of {multiple}"))),
+    };
+    fits("hidden_size", c.hidden_size, 64)?;
+    fits("intermediate_size", c.intermediate_size, 64)?;
+    fits("vocab_size", c.vocab_size, 16)?;
+    ops::check_vocab(c.vocab_size)?;
+    if c.hidden_size > 8192 {
+        return Err(Error::Device(format!("hidden_size is {}: the kernels take 8192 at most", c.hidden_size)));
+    }
+    if heads.group() > 16 {
+        return Err(Error::Device(format!("{} query heads per KV head: the kernels take 16 at most", heads.group())));
+    }
+    Ok(())
+}
+
+/// [positions][head_dim / 2][cos, sin] (arXiv 2104.09864), the angles rounded to fp32 as the reference implementation's are.
+fn cos_sin(positions: usize, head_dim: usize, theta: f64) -> Vec<f32> {
+    let frequency: Vec<f32> =
+        (0..head_dim / 2).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
+    let angles = (0..positions).flat_map(|p| frequency.iter().map(move |f| p as f32 * f));
+    angles.flat_map(|angle| [angle.cos(), angle.sin()]).collect()
+}
+
+struct Loader<'a> {
+    device: &'a Device,
+    checkpoint: &'a Checkpoint,
+    eps: f32,
+    done: u64,
+    all: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
+impl Loader<'_> {
+    fn layer(&mut self, c: &ModelConfig, index: usize) -> Result<Layer> {
+        let name = |suffix: &str| format!("model.layers.{index}.{suffix}");
+        let (h, inner) = (c.hidden_size, c.intermediate_size);
+        let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let parts = |kind: &str| {
+            [("q_proj", q), ("k_proj", kv), ("v_proj", kv)].map(|(p, n)| (name(&format!("self_attn.{p}.{kind}")), n))
+        };
+        let named = |parts: &[(String, usize)]| -> Vec<(String, usize)> { parts.to_vec() };
+        let qkv_weight = self.concatenated(&named(&parts("weight")), &[h])?;
+        let qkv_bias = if c.qkv_bias { Some(self.concatenated(&named(&parts("bias")), &[])?) } else { None };
+        let qk_norm = match c.qk_norm {
+            true => Some((
+                self.norm(&name("self_attn.q_norm.weight"), c.head_dim)?,
+                self.norm(&name("self_attn.k_norm.weight"), c.head_dim)?,
+            )),
+            false => None,
+        };
+        let o = self.rows(&[(&name("self_attn.o_proj.weight"), h)], q)?;
+        let gate_up = self.interleaved(&name("mlp.gate_proj.weight"), &name("mlp.up_proj.weight"), inner, h)?;
+        let down = self.rows(&[(&name("mlp.down_proj.weight"), h)], inner)?;
+        let linear = |weight, bias, n, k| Linear::new(self.device, Arc::new(weight), bias, n, k);
+        Ok(Layer {
+            qkv: linear(qkv_weight, qkv_bias, q + 2 * kv, h)?,
+            o: linear(o, None, h, q)?,
+            gate_up: linear(gate_up, None, 2 * inner, h)?,
+            down: linear(down, None, h, inner)?,
+            qk_norm,
+            input_norm: self.norm(&name("input_layernorm.weight"), h)?,
+            post_norm: self.norm(&name("post_attention_layernorm.weight"), h)?,
+        })
+    }
+
+    fn norm(&mut self, name: &str, size: usize) -> Result<Norm> {
+        Ok(Norm { weight: self.concatenated(&[(name.into(), size)], &[])?, eps: self.eps })
+    }
+
+    /// Matrices [rows][k] below one another.
+    fn rows(&mut self, parts: &[(&str, usize)], k: usize) -> Result<Buffer> {
+        let parts: Vec<(String, usize)> = parts.iter().map(|&(name, n)| (name.into(), n)).collect();
+        self.concatenated(&parts, &[k])
+    }
+
+    /// Tensors [rows][rest..] below one another.
+    fn concatenated(&mut self, parts: &[(String, usize)], rest: &[usize]) -> Result<Buffer> {
+        let row = rest.iter().product::<usize>() * 2;
+        let buffer = self.device.alloc(parts.iter().map(|(_, n)| n * row).sum())?;
+        let mut at = 0;
+        for (name, n) in parts {
+            let tensor = self.checkpoint.tensor(name, Dtype::Bf16, &[&[*n], rest].concat())?;
+            for piece in tensor.bytes.chunks(PIECE) {
+                self.device.upload(&buffer, at, piece)?;
+                at += piece.len();
+                self.advance(piece.len());
+            }
+        }
+        Ok(buffer)
+    }
+
+    /// Two matrices [rows][k]: eight rows of the first, then eight of the second.
+    fn interleaved(&mut self, first: &str, second: &str, rows: usize, k: usize) -> Result<Buffer> {
+        let first = self.checkpoint.tensor(first, Dtype::Bf16, &[rows, k])?;
+        let second = self.checkpoint.tensor(second, Dtype::Bf16, &[rows, k])?;
+        let buffer = self.device.alloc(2 * rows * k * 2)?;
+        let block = INTERLEAVE * k * 2;
+        let piece = block * (PIECE / block).max(1);
+        let mut at = 0;
+        for (a, b) in first.bytes.chunks(piece).zip(second.bytes.chunks(piece)) {
+            let staged: Vec<u8> =
+                a.chunks(block).zip(b.chunks(block)).flat_map(|(a, b)| [a, b]).flatten().copied().collect();
+            self.device.upload(&buffer, at, &staged)?;
+            at += staged.len();
+            self.advance(staged.len());
+        }
+        Ok(buffer)
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.done += bytes as u64;
+        (self.progress)(self.done, self.all);
+    }
+}
+
+/// Bytes uploaded at a time, so that the progress is seen.
+const PIECE: usize = 16 << 20;

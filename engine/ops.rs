@@ -1,0 +1,454 @@
+//! One function per kernel: shapes and buffers become a [`Launch`] with its grid, shared memory, tensor maps, and what it must
+//! move and compute at the least. Decides tile sizes and grids; knows no model and no step.
+
+use crate::device::{Buffer, Device, Launch, TensorMapSpec};
+use crate::kernels;
+use crate::kernels::params::*;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Columns of the result in a tile of the prefill product.
+const GEMM_TILES: [u64; 2] = [128, 256];
+const GEMM_TILE_ROWS: u64 = 128;
+const GEMV_TILE_ROWS: u64 = 64;
+const GEMV_STEP_K: u64 = 128;
+const BF16: u64 = 2;
+/// A block of the sampler holds its share of a row's logits in shared memory; up to 8 blocks share a row.
+pub const MAX_VOCAB: usize = 8 * 50_000;
+
+/// A weight matrix [n][k] in bf16, perhaps with a bias [n], and what TMA must know of it.
+pub struct Linear {
+    weight: Arc<Buffer>,
+    bias: Option<Buffer>,
+    n: u64,
+    k: u64,
+    /// For the tiles of `GEMM_TILES`.
+    gemm_maps: [TensorMap; 2],
+    gemv_map: TensorMap,
+}
+
+/// What a product does with its sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// Rounds them; adds the matrix's bias, if it has one.
+    Plain,
+    /// Adds them to the output (prefill only).
+    Residual,
+    /// silu(gate) * up of neighbouring blocks of 8 columns: half as many columns.
+    Silu,
+    /// Leaves them as fp32 (decode only).
+    Logits,
+}
+
+/// Which sequences' tokens are the rows of a step, in device memory.
+pub struct Rows<'a> {
+    pub count: u32,
+    /// [count] i32.
+    pub slot: &'a Buffer,
+    /// [count] i32, written by `embed`.
+    pub position: &'a Buffer,
+}
+
+/// Heads of attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub query: u32,
+    pub kv: u32,
+    /// 64 or 128.
+    pub dim: u32,
+}
+
+impl Heads {
+    /// Query heads per KV head.
+    pub fn group(self) -> u32 {
+        self.query / self.kv
+    }
+
+    /// Columns of q, k and v side by side.
+    pub fn columns(self) -> u32 {
+        (self.query + 2 * self.kv) * self.dim
+    }
+
+    fn scale(self) -> f32 {
+        1.0 / (self.dim as f32).sqrt()
+    }
+}
+
+/// K and V of one layer: [pages][kv heads][64 tokens][dim], and where each sequence's pages lie.
+pub struct Pages<'a> {
+    pub k: &'a Buffer,
+    pub v: &'a Buffer,
+    pub k_map: TensorMap,
+    pub v_map: TensorMap,
+    /// [slots][max_pages] i32.
+    pub block_table: &'a Buffer,
+    pub max_pages: u32,
+}
+
+/// Scratch of the kernels that merge parts; kernels use it one after the other.
+pub struct Workspace {
+    /// The largest grid.
+    blocks: u32,
+    partial: Buffer,
+    ticket: Buffer,
+}
+
+impl Workspace {
+    /// For products of up to `n` columns and for attention with these heads.
+    pub fn new(device: &Device, n: usize, heads: Heads) -> Result<Workspace> {
+        let blocks = device.processors() as usize;
+        let gemv = MAX_DECODE_ROWS as usize * GEMV_TILE_ROWS as usize;
+        let attention = (heads.group() * (heads.dim + 2)) as usize;
+        let tickets = n.div_ceil(GEMV_TILE_ROWS as usize).max((MAX_DECODE_ROWS * heads.kv) as usize);
+        let ticket = device.alloc(tickets * 4)?;
+        device.fill(&ticket, 0, tickets * 4, 0)?;
+        let partial = device.alloc(blocks * 2 * gemv.max(attention) * 4)?;
+        Ok(Workspace { blocks: blocks as u32, partial, ticket })
+    }
+}
+
+fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, box_rows: u64) -> Result<TensorMap> {
+    device.tensor_map(&TensorMapSpec {
+        address: buffer.address(),
+        dims: [columns, rows],
+        strides: [BF16, columns * BF16],
+        r#box: [64, box_rows as u32],
+        swizzle: true,
+    })
+}
+
+impl Linear {
+    /// n: a multiple of 64, or of 16 for [`Epilogue::Logits`]; k: a multiple of 64.
+    pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Buffer>, n: usize, k: usize) -> Result<Linear> {
+        let (n, k) = (n as u64, k as u64);
+        assert!(weight.bytes() as u64 >= n * k * BF16 && n.is_multiple_of(16) && k.is_multiple_of(64));
+        let map = |rows| matrix_map(device, &weight, n, k, rows);
+        let gemm_maps = [map(GEMM_TILES[0])?, map(GEMM_TILES[1])?];
+        let gemv_map = map(GEMV_TILE_ROWS)?;
+        Ok(Linear { weight, bias, n, k, gemm_maps, gemv_map })
+    }
+
+    fn bias<T>(&self) -> *const T {
+        self.bias.as_ref().map_or(std::ptr::null(), |b| b.pointer())
+    }
+
+    fn width(&self, epilogue: Epilogue) -> u64 {
+        if epilogue == Epilogue::Silu { self.n / 2 } else { self.n }
+    }
+
+    /// Bytes of the operands and the result of a product with `rows` rows.
+    fn traffic(&self, rows: u64, epilogue: Epilogue) -> u64 {
+        let result = match epilogue {
+            Epilogue::Plain | Epilogue::Silu => BF16,
+            Epilogue::Residual => 2 * BF16,
+            Epilogue::Logits => 4,
+        };
+        (self.n * self.k + rows * self.k) * BF16 + rows * self.width(epilogue) * result
+    }
+
+    /// Where the weights lie.
+    pub fn weight(&self) -> &Arc<Buffer> {
+        &self.weight
+    }
+}
+
+/// out [rows][n] = x [rows][k] w^T, for prefill.
+pub fn gemm(device: &Device, x: &Buffer, w: &Linear, rows: u32, epilogue: Epilogue, out: &Buffer) -> Result<Launch> {
+    let processors = device.processors() as u64;
+    let row_tiles = (rows as u64).div_ceil(GEMM_TILE_ROWS);
+    // The wide tile reads shared memory less often; but no processor should go without.
+    let wide = row_tiles * w.n.div_ceil(GEMM_TILES[1]) >= processors;
+    let tiles = row_tiles * w.n.div_ceil(GEMM_TILES[wide as usize]);
+    use crate::kernels::*;
+    let (narrow_kernel, wide_kernel): (&'static Kernel<_>, &'static Kernel<_>) = match (epilogue, &w.bias) {
+        (Epilogue::Plain, None) => (&GEMM_N128, &GEMM_N256),
+        (Epilogue::Plain, Some(_)) => (&GEMM_BIAS_N128, &GEMM_BIAS_N256),
+        (Epilogue::Residual, _) => (&GEMM_RESIDUAL_N128, &GEMM_RESIDUAL_N256),
+        (Epilogue::Silu, _) => (&GEMM_SILU_N128, &GEMM_SILU_N256),
+        (Epilogue::Logits, _) => unreachable!("prefill makes its logits by gemv"),
+    };
+    let params = GemmParams {
+        a_map: matrix_map(device, x, rows as u64, w.k, GEMM_TILE_ROWS)?,
+        w_map: w.gemm_maps[wide as usize],
+        c_map: matrix_map(device, out, rows as u64, w.width(epilogue), 64)?,
+        bias: w.bias(),
+        residual: out.pointer(),
+        c: out.pointer(),
+        rows: rows as i32,
+        n: w.n as i32,
+        k: w.k as i32,
+        ..Default::default()
+    };
+    let (kernel, shared_bytes) = if wide { (wide_kernel, GEMM_SHARED_N256) } else { (narrow_kernel, GEMM_SHARED_N128) };
+    Ok(Launch {
+        shared_bytes,
+        pdl: true,
+        bytes: w.traffic(rows as u64, epilogue),
+        flops: 2 * rows as u64 * w.n * w.k,
+        ..kernel.launch([tiles.min(processors) as u32, 1, 1], params)
+    })
+}
+
+/// out [rows][n] = x [rows][k] w^T for up to 16 rows: decode, and the logits of prefill.
+pub fn gemv(
+    device: &Device,
+    x: &Buffer,
+    w: &Linear,
+    rows: u32,
+    epilogue: Epilogue,
+    out: &Buffer,
+    workspace: &Workspace,
+) -> Result<Launch> {
+    assert!((1..=MAX_DECODE_ROWS).contains(&rows));
+    let wide = rows > 8;
+    use crate::kernels::*;
+    let (narrow_kernel, wide_kernel): (&'static Kernel<_>, &'static Kernel<_>) = match (epilogue, &w.bias) {
+        (Epilogue::Plain, None) => (&GEMV_M8, &GEMV_M16),
+        (Epilogue::Plain, Some(_)) => (&GEMV_BIAS_M8, &GEMV_BIAS_M16),
+        (Epilogue::Silu, _) => (&GEMV_SILU_M8, &GEMV_SILU_M16),
+        (Epilogue::Logits, _) => (&GEMV_LOGITS_M8, &GEMV_LOGITS_M16),
+        (Epilogue::Residual, _) => unreachable!("decode adds its residual in add_rms_norm"),
+    };
+    let params = GemvParams {
+        w_map: w.gemv_map,
+        x_map: matrix_map(device, x, rows as u64, w.k, if wide { 16 } else { 8 })?,
+        bias: w.bias(),
+        c: if epilogue == Epilogue::Logits { std::ptr::null_mut() } else { out.pointer() },
+        logits: if epilogue == Epilogue::Logits { out.pointer() } else { std::ptr::null_mut() },
+        partial: workspace.partial.pointer(),
+        ticket: workspace.ticket.pointer(),
+        rows: rows as i32,
+        n: w.n as i32,
+        k: w.k as i32,
+        ..Default::default()
+    };
+    let steps = w.n.div_ceil(GEMV_TILE_ROWS) * w.k.div_ceil(GEMV_STEP_K);
+    let (kernel, shared_bytes) = if wide { (wide_kernel, GEMV_SHARED_M16) } else { (narrow_kernel, GEMV_SHARED_M8) };
+    Ok(Launch {
+        shared_bytes,
+        pdl: true,
+        bytes: w.traffic(rows as u64, epilogue),
+        flops: 2 * rows as u64 * w.n * w.k,
+        ..kernel.launch([steps.min(workspace.blocks as u64) as u32, 1, 1], params)
+    })
+}
+
+/// out [rows][hidden] = the embeddings of the rows' tokens. `prompt`: (tokens, positions), each [rows] i32; absent in decode,
+/// where the slots know. `table` [vocab][hidden], `slots` [slots] of SlotState.
+pub fn embed(
+    table: &Buffer,
+    slots: &Buffer,
+    rows: &Rows,
+    prompt: Option<(&Buffer, &Buffer)>,
+    out: &Buffer,
+    hidden: usize,
+    vocab: usize,
+) -> Launch {
+    let params = EmbedParams {
+        table: table.pointer(),
+        slots: slots.pointer(),
+        row_slot: rows.slot.pointer(),
+        prompt_token: prompt.map_or(std::ptr::null(), |(token, _)| token.pointer()),
+        prompt_position: prompt.map_or(std::ptr::null(), |(_, position)| position.pointer()),
+        row_position: rows.position.pointer(),
+        out: out.pointer(),
+        rows: rows.count as i32,
+        hidden: hidden as i32,
+        vocab: vocab as i32,
+        ..Default::default()
+    };
+    let bytes = 2 * BF16 * rows.count as u64 * hidden as u64;
+    Launch { pdl: true, bytes, ..kernels::EMBED.launch([rows.count, 1, 1], params) }
+}
+
+/// An RMSNorm's weight [hidden] and epsilon.
+pub struct Norm {
+    pub weight: Buffer,
+    pub eps: f32,
+}
+
+fn norm_params(x: &Buffer, norm: &Norm, rows: u32, out: &Buffer) -> NormParams {
+    NormParams {
+        x: x.pointer(),
+        weight: norm.weight.pointer(),
+        out: out.pointer(),
+        rows: rows as i32,
+        hidden: (norm.weight.bytes() as u64 / BF16) as i32,
+        eps: norm.eps,
+        ..Default::default()
+    }
+}
+
+/// out[i] = norm(x[i]), or of x[row_index[i]]; [rows][hidden].
+pub fn rms_norm(x: &Buffer, norm: &Norm, row_index: Option<&Buffer>, rows: u32, out: &Buffer) -> Launch {
+    let row_index = row_index.map_or(std::ptr::null(), |i| i.pointer());
+    let params = NormParams { row_index, ..norm_params(x, norm, rows, out) };
+    let bytes = (2 * rows as u64 + 1) * norm.weight.bytes() as u64;
+    Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM.launch([rows, 1, 1], params) }
+}
+
+/// residual += x, then out = norm(residual); [rows][hidden].
+pub fn add_rms_norm(x: &Buffer, residual: &Buffer, norm: &Norm, rows: u32, out: &Buffer) -> Launch {
+    let params = NormParams { residual: residual.pointer(), ..norm_params(x, norm, rows, out) };
+    let bytes = (4 * rows as u64 + 1) * norm.weight.bytes() as u64;
+    Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::ADD_RMS_NORM.launch([rows, 1, 1], params) }
+}
+
+/// qkv [rows][heads.columns()] to rotated q [rows][query heads][dim]; k and v to their pages. `cos_sin` [positions][dim / 2][2]
+/// fp32; `norms`: of q and k heads, where the model has them.
+pub fn rope_append(
+    qkv: &Buffer,
+    heads: Heads,
+    norms: Option<(&Norm, &Norm)>,
+    cos_sin: &Buffer,
+    rows: &Rows,
+    pages: &Pages,
+    q: &Buffer,
+) -> Launch {
+    let kernel = if heads.dim == 64 { &kernels::ROPE_APPEND_D64 } else { &kernels::ROPE_APPEND_D128 };
+    let params = RopeParams {
+        qkv: qkv.pointer(),
+        q_norm: norms.map_or(std::ptr::null(), |(q, _)| q.weight.pointer()),
+        k_norm: norms.map_or(std::ptr::null(), |(_, k)| k.weight.pointer()),
+        norm_eps: norms.map_or(0.0, |(q, _)| q.eps),
+        cos_sin: cos_sin.pointer(),
+        row_position: rows.position.pointer(),
+        row_slot: rows.slot.pointer(),
+        block_table: pages.block_table.pointer(),
+        q: q.pointer(),
+        k_pages: pages.k.pointer(),
+        v_pages: pages.v.pointer(),
+        rows: rows.count as i32,
+        q_heads: heads.query as i32,
+        kv_heads: heads.kv as i32,
+        head_dim: heads.dim as i32,
+        max_pages: pages.max_pages as i32,
+    };
+    let threads = rows.count * heads.columns() / 16;
+    let bytes = rows.count as u64 * (2 * heads.columns() as u64 * BF16 + heads.dim as u64 * 4);
+    Launch { pdl: true, bytes, ..kernel.launch([threads.div_ceil(ROPE_THREADS), 1, 1], params) }
+}
+
+/// A work list of attn_prefill in device memory, and how much work it is.
+pub struct Tiles<'a> {
+    /// [count] of PrefillTile.
+    pub tiles: &'a Buffer,
+    /// [1] i32.
+    pub device_count: &'a Buffer,
+    pub count: u32,
+    /// (query, key) pairs that are not masked, of one head.
+    pub pairs: u64,
+    /// Keys of all sequences.
+    pub keys: u64,
+}
+
+/// Causal attention of chunks of prompts: q, out [rows][query heads][dim].
+pub fn attn_prefill(
+    device: &Device,
+    q: &Buffer,
+    heads: Heads,
+    rows: u32,
+    tiles: &Tiles,
+    pages: &Pages,
+    out: &Buffer,
+) -> Result<Launch> {
+    let (dim, group) = (heads.dim as u64, heads.group() as u64);
+    let q_map = device.tensor_map(&TensorMapSpec {
+        address: q.address(),
+        dims: [dim, group, heads.kv as u64, rows as u64],
+        strides: [BF16, dim * BF16, group * dim * BF16, heads.query as u64 * dim * BF16],
+        r#box: [64, group as u32, 1, ATTN_PREFILL_ROWS / group as u32],
+        swizzle: true,
+    })?;
+    let (kernel, shared_bytes) = match heads.dim {
+        64 => (&kernels::ATTN_PREFILL_D64, ATTN_PREFILL_SHARED_D64),
+        _ => (&kernels::ATTN_PREFILL_D128, ATTN_PREFILL_SHARED_D128),
+    };
+    let params = AttnPrefillParams {
+        k_map: pages.k_map,
+        v_map: pages.v_map,
+        q_map,
+        tiles: tiles.tiles.pointer(),
+        tile_count: tiles.device_count.pointer(),
+        block_table: pages.block_table.pointer(),
+        out: out.pointer(),
+        q_heads: heads.query as i32,
+        kv_heads: heads.kv as i32,
+        max_pages: pages.max_pages as i32,
+        scale: heads.scale(),
+        ..Default::default()
+    };
+    Ok(Launch {
+        shared_bytes,
+        pdl: true,
+        bytes: BF16 * dim * (2 * rows as u64 * heads.query as u64 + 2 * tiles.keys * heads.kv as u64),
+        flops: 4 * tiles.pairs * heads.query as u64 * dim,
+        ..kernel.launch([(tiles.count * heads.kv).min(device.processors()), 1, 1], params)
+    })
+}
+
+/// Attention of one query token per row: q, out [rows][query heads][dim]. `keys`: of all rows together, for the report.
+pub fn attn_decode(
+    q: &Buffer,
+    heads: Heads,
+    rows: &Rows,
+    keys: u64,
+    pages: &Pages,
+    out: &Buffer,
+    workspace: &Workspace,
+) -> Launch {
+    let (kernel, shared_bytes) = match heads.dim {
+        64 => (&kernels::ATTN_DECODE_D64, ATTN_DECODE_SHARED_D64),
+        _ => (&kernels::ATTN_DECODE_D128, ATTN_DECODE_SHARED_D128),
+    };
+    let params = AttnDecodeParams {
+        k_map: pages.k_map,
+        v_map: pages.v_map,
+        q: q.pointer(),
+        row_position: rows.position.pointer(),
+        row_slot: rows.slot.pointer(),
+        block_table: pages.block_table.pointer(),
+        partial: workspace.partial.pointer(),
+        ticket: workspace.ticket.pointer(),
+        out: out.pointer(),
+        rows: rows.count as i32,
+        q_heads: heads.query as i32,
+        kv_heads: heads.kv as i32,
+        max_pages: pages.max_pages as i32,
+        scale: heads.scale(),
+        ..Default::default()
+    };
+    let dim = heads.dim as u64;
+    Launch {
+        shared_bytes,
+        pdl: true,
+        bytes: BF16 * dim * (2 * rows.count as u64 * heads.query as u64 + 2 * keys * heads.kv as u64),
+        flops: 4 * keys * heads.query as u64 * dim,
+        ..kernel.launch([workspace.blocks, 1, 1], params)
+    }
+}
+
+/// The next token of each row from logits [rows][vocab] fp32. `params` names the slots' memory; its logits, rows and row_slot
+/// are filled in here.
+pub fn sample(params: SampleParams, logits: &Buffer, row_slot: &Buffer, rows: u32) -> Launch {
+    let vocab = params.vocab as u32;
+    // About 20,000 logits, 80 KB, for a block: more would leave no room for a second block on the processor.
+    let cluster = vocab.div_ceil(20_000).next_power_of_two().min(8);
+    let params = SampleParams { logits: logits.pointer(), row_slot: row_slot.pointer(), rows: rows as i32, ..params };
+    Launch {
+        cluster,
+        shared_bytes: SAMPLE_SHARED_BASE + 4 * vocab.div_ceil(cluster),
+        pdl: true,
+        bytes: rows as u64 * vocab as u64 * 4,
+        ..kernels::SAMPLE.launch([cluster, rows, 1], params)
+    }
+}
+
+/// # Errors
+/// A vocabulary that the sampler cannot hold.
+pub fn check_vocab(vocab: usize) -> Result<()> {
+    if vocab > MAX_VOCAB {
+        return Err(Error::Device(format!("a vocabulary of {vocab} is more than the sampler holds, {MAX_VOCAB}")));
+    }
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! The engine as a whole on the tiny model: requests together and alone, cancelled, cut off, too long, in chunks.
+
+use crate::modulo::{self, answer_all, ids};
+use ponder::Error;
+use ponder::batch::TokenEvent;
+use ponder::chat::Message;
+use ponder::engine::Engine;
+use ponder::executor::ExecutorOptions;
+use ponder::frontend::Request;
+use ponder::sampling::SamplingRequest;
+use ponder::sequence::{Answer, FinishReason};
+use ponder::thinking::ThinkingChoice;
+
+fn engine() -> Engine {
+    modulo::engine(&ThinkingChoice::Auto)
+}
+
+fn greedy() -> SamplingRequest {
+    SamplingRequest { temperature: Some(0.0), logprobs: Some(1), ..Default::default() }
+}
+
+fn ask(engine: &Engine, problem: usize, max_tokens: u32) -> Request {
+    let question = Message::new("user", modulo::problem(problem).question());
+    let prompt = engine.frontend.encode_chat(&[question]).unwrap();
+    Request { prompt, max_tokens: Some(max_tokens), sampling: greedy(), ..Default::default() }
+}
+
+fn is_empty(engine: &Engine) -> bool {
+    let stats = engine.stats();
+    engine.is_idle() && (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
+}
+
+/// More requests than a step has rows, of different lengths, so that their prompts meet the answers of others.
+#[test]
+fn together_as_alone() {
+    let mut engine = engine();
+    let requests: Vec<Request> = (0..20).map(|i| ask(&engine, i, 4 + 3 * (i as u32 % 5))).collect();
+    let together = answer_all(&mut engine, &requests);
+    assert!(is_empty(&engine));
+    for (request, together) in requests.iter().zip(&together) {
+        let alone = answer_all(&mut engine, std::slice::from_ref(request)).remove(0);
+        assert_eq!((ids(&alone), alone.finish, alone.text()), (ids(together), together.finish, together.text()));
+    }
+}
+
+/// The same seed gives the same answer, another seed another one.
+#[test]
+fn seeds_decide() {
+    let mut engine = engine();
+    let request = |engine: &Engine, seed| Request {
+        sampling: SamplingRequest { temperature: Some(3.0), seed: Some(seed), ..Default::default() },
+        ..ask(engine, 0, 12)
+    };
+    let requests = [5, 5, 6].map(|seed| request(&engine, seed));
+    let answers = answer_all(&mut engine, &requests);
+    assert_eq!(ids(&answers[0]), ids(&answers[1]));
+    assert_ne!(ids(&answers[0]), ids(&answers[2]));
+}
+
+#[test]
+fn cancelling_leaves_the_others_alone() {
+    let mut engine = engine();
+    let requests: Vec<Request> = (0..3).map(|i| ask(&engine, i, 12)).collect();
+    let undisturbed = answer_all(&mut engine, &requests);
+    let handles: Vec<_> = requests.iter().map(|r| engine.submit(r).unwrap()).collect();
+    let mut answers = vec![Answer::default(); 3];
+    while !engine.is_idle() {
+        for update in engine.step().unwrap() {
+            let index = handles.iter().position(|id| *id == update.request).unwrap();
+            assert_eq!(answers[index].finish, None, "nothing follows the end");
+            answers[index].extend(update.token, update.text, update.finish);
+            if index == 1 && answers[1].tokens.len() == 5 {
+                let last = engine.cancel(handles[1]).unwrap();
+                answers[1].extend(last.token, last.text, last.finish);
+                assert!(engine.cancel(handles[1]).is_none(), "it has ended");
+            }
+        }
+    }
+    assert!(is_empty(&engine));
+    assert_eq!(answers[1].finish, Some(FinishReason::Cancelled));
+    assert_eq!(ids(&answers[1]), ids(&undisturbed[1])[..5]);
+    assert_eq!([ids(&answers[0]), ids(&answers[2])], [ids(&undisturbed[0]), ids(&undisturbed[2])]);
+
+    // Before it has begun, and the place of one that was cancelled is as good as new.
+    let id = engine.submit(&requests[0]).unwrap();
+    assert_eq!(engine.cancel(id).unwrap().finish, Some(FinishReason::Cancelled));
+    assert_eq!(ids(&answer_all(&mut engine, &requests[2..])[0]), ids(&undisturbed[2]));
+}
+
+/// The device runs ahead of the stop string, which only the host knows.
+#[test]
+fn what_ran_past_the_end_is_dropped() {
+    let mut engine = engine();
+    let plain = ask(&engine, 3, 40);
+    let whole = answer_all(&mut engine, std::slice::from_ref(&plain)).remove(0);
+    let text = whole.text();
+    let stop = ": ";
+    let requests = [Request { stop: vec![stop.into()], ..plain.clone() }, plain];
+    let answers = answer_all(&mut engine, &requests);
+    assert_eq!(answers[0].text(), text.split(stop).next().unwrap());
+    assert_eq!(answers[0].finish, Some(FinishReason::Stop));
+    let kept = answers[0].tokens.len();
+    assert_eq!(ids(&answers[0]), ids(&whole)[..kept]);
+    let until = |n: usize| engine.frontend.tokenizer.decode(&ids(&whole)[..n]);
+    assert!(until(kept).contains(stop) && !until(kept - 1).contains(stop), "the token that completes it is the last");
+    assert_eq!(ids(&answers[1]), ids(&whole));
+    assert!(is_empty(&engine));
+}
+
+#[test]
+fn the_context_is_the_limit() {
+    let mut engine =
+        modulo::engine_with(&ThinkingChoice::Auto, &ExecutorOptions { max_context: Some(72), ..Default::default() });
+    assert_eq!(engine.context(), 72);
+    let request = Request { max_tokens: None, ..ask(&engine, 0, 1) };
+    let room = 72 - request.prompt.len();
+    let answer = answer_all(&mut engine, &[request]).remove(0);
+    assert_eq!((answer.finish, answer.tokens.len()), (Some(FinishReason::Length), room));
+
+    let long = |n| Request { prompt: vec![300; n], sampling: greedy(), ..Default::default() };
+    let answer = answer_all(&mut engine, &[long(71)]).remove(0);
+    assert_eq!((answer.finish, answer.tokens.len()), (Some(FinishReason::Length), 1));
+    for n in [0, 72, 10_000] {
+        let Err(Error::Request { parameter: "prompt", problem }) = engine.submit(&long(n)) else {
+            panic!("{n} tokens")
+        };
+        assert!(n == 0 || problem.contains(&n.to_string()) && problem.contains("72"), "{problem}");
+    }
+    assert!(is_empty(&engine));
+}
+
+/// A prompt in pieces is the same prompt. Pieces end anywhere in a page.
+#[test]
+fn any_chunking_is_the_same_prompt() {
+    let options = |prefill_chunk| ExecutorOptions { prefill_chunk, ..Default::default() };
+    let lines: String = (0..9).map(|t| modulo::problem(7).try_line(t)).collect();
+    let mut answers: Vec<Vec<TokenEvent>> = Vec::new();
+    for chunk in [512, 128, 37] {
+        let mut engine = modulo::engine_with(&ThinkingChoice::Auto, &options(chunk));
+        let mut long = ask(&engine, 7, 24);
+        long.prompt.extend(engine.frontend.tokenizer.encode(&format!("\n{lines}")).unwrap());
+        assert!(long.prompt.len() > 250);
+        // With company, so that pieces are cut at odd places.
+        let requests = [ask(&engine, 1, 8), long];
+        answers.push(answer_all(&mut engine, &requests).remove(1).tokens);
+    }
+    for other in &answers[1..] {
+        for (a, b) in answers[0].iter().zip(other) {
+            assert_eq!(a.token, b.token);
+            assert!((a.logprob - b.logprob).abs() < 0.02, "{} {}", a.logprob, b.logprob);
+        }
+    }
+}
+
+/// Generation across many pages, replayed from recorded launches and launched one by one: the same bits.
+#[test]
+fn replay_is_eager() {
+    let run = |graphs| {
+        let mut engine = modulo::engine_with(&ThinkingChoice::Auto, &ExecutorOptions { graphs, ..Default::default() });
+        let requests = [ask(&engine, 2, 90), ask(&engine, 5, 20), ask(&engine, 6, 33)];
+        answer_all(&mut engine, &requests)
+    };
+    for (replayed, eager) in run(true).iter().zip(&run(false)) {
+        assert_eq!(replayed.tokens, eager.tokens);
+    }
+}
