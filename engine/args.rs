@@ -252,13 +252,13 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "K")]
     pub top_k: Option<u32>,
     /// Draw from the most likely tokens whose probabilities sum to P.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Draw from the tokens at least P times as likely as the most likely one.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Logits of tokens that have occurred are divided by X, or multiplied where negative.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// Taken from the logits of generated tokens.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]

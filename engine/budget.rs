@@ -13,7 +13,8 @@ pub struct BudgetRequest {
     pub min_thinking_tokens: u32,
     /// How many ends of thinking are ignored.
     pub n_ignore: u32,
-    /// What replaces an ignored end, in turn; an empty list: nothing, the end is masked for one step. Absent: the model's.
+    /// What replaces an ignored end, in turn; an empty string, or an empty list: nothing, the end is masked for one step.
+    /// Absent: the model's.
     pub ignore_strings: Option<Vec<String>>,
     /// What is forced at the maximum. Absent: the model's.
     pub end_string: Option<String>,
@@ -51,11 +52,11 @@ impl BudgetRequest {
                 return Ok(None);
             }
             let parameter = match self {
-                BudgetRequest { max_thinking_tokens: Some(_), .. } => "max-thinking-tokens",
-                BudgetRequest { min_thinking_tokens: 1.., .. } => "min-thinking-tokens",
-                BudgetRequest { n_ignore: 1.., .. } => "n-ignore",
-                BudgetRequest { ignore_strings: Some(_), .. } => "ignore-string",
-                _ => "end-string",
+                BudgetRequest { max_thinking_tokens: Some(_), .. } => "max_thinking_tokens",
+                BudgetRequest { min_thinking_tokens: 1.., .. } => "min_thinking_tokens",
+                BudgetRequest { n_ignore: 1.., .. } => "n_ignore",
+                BudgetRequest { ignore_strings: Some(_), .. } => "ignore_string",
+                _ => "end_string",
             };
             return Err(Error::request(
                 parameter,
@@ -67,19 +68,18 @@ impl BudgetRequest {
             true => Err(Error::request(name, format!("{n} is more than {MAX_COUNT}"))),
             false => Ok(()),
         };
-        too_large("min-thinking-tokens", self.min_thinking_tokens)?;
-        too_large("n-ignore", self.n_ignore)?;
+        too_large("min_thinking_tokens", self.min_thinking_tokens)?;
+        too_large("n_ignore", self.n_ignore)?;
         if let Some(max) = self.max_thinking_tokens {
-            too_large("max-thinking-tokens", max)?;
+            too_large("max_thinking_tokens", max)?;
             if max < self.min_thinking_tokens {
                 let min = self.min_thinking_tokens;
-                return Err(Error::request("max-thinking-tokens", format!("{max} is less than the minimum of {min}")));
+                return Err(Error::request("max_thinking_tokens", format!("{max} is less than the minimum of {min}")));
             }
         }
         let encode = |name: &'static str, text: &str| {
             let ids = tokenizer.encode(text)?;
             match ids.len() {
-                0 => Err(Error::request(name, "empty: a string without tokens cannot be injected")),
                 n if n > MAX_STRING => {
                     Err(Error::request(name, format!("{text:?} has {n} tokens: at most {MAX_STRING} can be injected")))
                 }
@@ -90,22 +90,22 @@ impl BudgetRequest {
             None => delimiters.ignore_strings.clone(),
             Some(list) if list.len() > MAX_IGNORE_STRINGS => {
                 let n = list.len();
-                return Err(Error::request("ignore-string", format!("{n} strings are more than {MAX_IGNORE_STRINGS}")));
+                return Err(Error::request("ignore_string", format!("{n} strings are more than {MAX_IGNORE_STRINGS}")));
             }
-            Some(list) => list.iter().map(|text| encode("ignore-string", text)).collect::<Result<_>>()?,
+            Some(list) => list.iter().map(|text| encode("ignore_string", text)).collect::<Result<_>>()?,
         };
         let ends = |ids: &[u32]| ids.windows(delimiters.end.len()).any(|w| w == delimiters.end);
         if ignore_strings.iter().any(|ids| ends(ids)) {
-            return Err(Error::request("ignore-string", "it holds the end of thinking, which it is to replace"));
+            return Err(Error::request("ignore_string", "it holds the end of thinking, which it is to replace"));
         }
         let (end_string, newline) = match &self.end_string {
             None => (delimiters.end_string.clone(), delimiters.newline),
             Some(text) => {
-                let ids = encode("end-string", text)?;
+                let ids = encode("end_string", text)?;
                 if !ends(&ids) {
                     let end = tokenizer.decode(&delimiters.end);
                     return Err(Error::request(
-                        "end-string",
+                        "end_string",
                         format!("{text:?} does not hold {end:?}, so it would not end the thinking"),
                     ));
                 }

@@ -82,7 +82,8 @@ pub struct TensorView<'a> {
 
 /// A model folder's tensors.
 pub struct Checkpoint {
-    folder: PathBuf,
+    /// The file that says which tensors there are.
+    source: PathBuf,
     shards: Vec<memmap2::Mmap>,
     data_starts: Vec<usize>,
     tensors: HashMap<String, (usize, TensorInfo)>,
@@ -101,12 +102,17 @@ impl Checkpoint {
             return Err(Error::model(folder, "there is no such model folder"));
         }
         let index_path = folder.join("model.safetensors.index.json");
-        let mut checkpoint =
-            Checkpoint { folder: folder.into(), shards: Vec::new(), data_starts: Vec::new(), tensors: HashMap::new() };
+        let mut checkpoint = Checkpoint {
+            source: folder.join("model.safetensors"),
+            shards: Vec::new(),
+            data_starts: Vec::new(),
+            tensors: HashMap::new(),
+        };
         if !index_path.exists() {
             checkpoint.map(&folder.join("model.safetensors"))?;
             return Ok(checkpoint);
         }
+        checkpoint.source = index_path.clone();
         let bytes = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
         let index = parse_index(&bytes).map_err(|problem| Error::model(&index_path, problem))?;
         let mut files: Vec<&String> = index.values().collect();
@@ -172,11 +178,11 @@ impl Checkpoint {
     /// No such tensor, or one of another element type or shape.
     pub fn tensor(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<TensorView<'_>> {
         let Some((shard, info)) = self.tensors.get(name) else {
-            return Err(Error::model(&self.folder, format!("tensor {name:?} is missing")));
+            return Err(Error::model(&self.source, format!("tensor {name:?} is missing")));
         };
         if info.dtype != dtype || info.shape != shape {
             return Err(Error::model(
-                &self.folder,
+                &self.source,
                 format!(
                     "tensor {name:?} is {:?} of shape {:?}, where config.json asks for {dtype:?} of shape {shape:?}",
                     info.dtype, info.shape

@@ -73,7 +73,7 @@ impl MemoryPlan {
         if options.max_context.is_some_and(|n| n > model_context) {
             let n = options.max_context.unwrap();
             return Err(Error::request(
-                "max-context",
+                "max_context",
                 format!("{n} is more than the model was made for, {model_context}"),
             ));
         }
@@ -109,7 +109,7 @@ impl MemoryPlan {
         let fits = (pages - 1).saturating_mul(PAGE_TOKENS);
         if let Some(wanted) = options.max_context.filter(|&n| n > fits) {
             return Err(Error::request(
-                "max-context",
+                "max_context",
                 format!(
                     "{wanted} tokens need {} pages, and the KV cache has {}",
                     wanted.div_ceil(PAGE_TOKENS),

@@ -89,12 +89,17 @@ impl Frontend {
         if stop.iter().any(String::is_empty) {
             return Err(Error::request("stop", "an empty string stands everywhere: leave it out"));
         }
+        let max_generated = max_tokens.map_or(room, |most| most.min(room));
+        if sampling.min_tokens > max_generated {
+            let problem = format!("{} is more than can be generated, {max_generated}", sampling.min_tokens);
+            return Err(Error::request("min_tokens", problem));
+        }
         let setup = SlotSetup {
             slot: 0,
             serial,
             tokens: prompt.clone(),
             generated: 0,
-            max_generated: max_tokens.map_or(room, |most| most.min(room)),
+            max_generated,
             max_length: context,
             eos_ids: self.config.eos_token_ids.clone(),
             sampling: sampling.validate(&self.config.defaults, self.config.vocab_size, &self.config.eos_token_ids)?,

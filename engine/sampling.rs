@@ -58,18 +58,18 @@ impl SamplingRequest {
         if temperature > 0.0 && temperature < 0.001 {
             return Err(Error::request("temperature", format!("{temperature} is too close to 0: say 0 for greedy")));
         }
-        let top_p = number("top-p", self.top_p, defaults.top_p.unwrap_or(1.0), 0.0..=1.0)?;
+        let top_p = number("top_p", self.top_p, defaults.top_p.unwrap_or(1.0), 0.0..=1.0)?;
         if top_p == 0.0 {
-            return Err(Error::request("top-p", "0 leaves no token: say a number above 0, or 1 for off"));
+            return Err(Error::request("top_p", "0 leaves no token: say a number above 0, or 1 for off"));
         }
         let repetition_penalty = number(
-            "repetition-penalty",
+            "repetition_penalty",
             self.repetition_penalty,
             defaults.repetition_penalty.unwrap_or(1.0),
             0.0..=100.0,
         )?;
         if repetition_penalty < 0.01 {
-            return Err(Error::request("repetition-penalty", format!("{repetition_penalty} is not at least 0.01")));
+            return Err(Error::request("repetition_penalty", format!("{repetition_penalty} is not at least 0.01")));
         }
         if self.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS) {
             let n = self.logprobs.unwrap();
@@ -84,29 +84,29 @@ impl SamplingRequest {
         };
         if self.logit_bias.len() > MAX_LOGIT_BIAS {
             let n = self.logit_bias.len();
-            return Err(Error::request("logit-bias", format!("{n} entries are more than {MAX_LOGIT_BIAS}")));
+            return Err(Error::request("logit_bias", format!("{n} entries are more than {MAX_LOGIT_BIAS}")));
         }
         for (i, &(id, bias)) in self.logit_bias.iter().enumerate() {
-            known("logit-bias", id)?;
-            number("logit-bias", Some(bias), 0.0, -1000.0..=1000.0)?;
+            known("logit_bias", id)?;
+            number("logit_bias", Some(bias), 0.0, -1000.0..=1000.0)?;
             if self.logit_bias[..i].iter().any(|&(other, _)| other == id) {
-                return Err(Error::request("logit-bias", format!("token id {id} occurs twice")));
+                return Err(Error::request("logit_bias", format!("token id {id} occurs twice")));
             }
         }
         if let Some(allowed) = &self.allowed_ids {
             if allowed.is_empty() {
-                return Err(Error::request("allowed-ids", "an empty list leaves no token"));
+                return Err(Error::request("allowed_ids", "an empty list leaves no token"));
             }
-            allowed.iter().try_for_each(|&id| known("allowed-ids", id))?;
+            allowed.iter().try_for_each(|&id| known("allowed_ids", id))?;
         }
-        self.stop_ids.iter().try_for_each(|&id| known("stop-ids", id))?;
+        self.stop_ids.iter().try_for_each(|&id| known("stop_ids", id))?;
         let mut stop_ids = self.stop_ids.clone();
         stop_ids.sort_unstable();
         stop_ids.dedup();
         stop_ids.retain(|id| !eos_ids.contains(id));
         if stop_ids.len() + eos_ids.len() > MAX_STOP_IDS {
             return Err(Error::request(
-                "stop-ids",
+                "stop_ids",
                 format!(
                     "{} ids with the model's {} EOS ids are more than {MAX_STOP_IDS}",
                     stop_ids.len(),
@@ -118,10 +118,10 @@ impl SamplingRequest {
             temperature,
             top_k: self.top_k.or(defaults.top_k).unwrap_or(0),
             top_p,
-            min_p: number("min-p", self.min_p, 0.0, 0.0..=1.0)?,
+            min_p: number("min_p", self.min_p, 0.0, 0.0..=1.0)?,
             repetition_penalty,
-            presence_penalty: number("presence-penalty", self.presence_penalty, 0.0, -2.0..=2.0)?,
-            frequency_penalty: number("frequency-penalty", self.frequency_penalty, 0.0, -2.0..=2.0)?,
+            presence_penalty: number("presence_penalty", self.presence_penalty, 0.0, -2.0..=2.0)?,
+            frequency_penalty: number("frequency_penalty", self.frequency_penalty, 0.0, -2.0..=2.0)?,
             seed: self.seed.unwrap_or(0),
             logprobs: self.logprobs,
             logit_bias: self.logit_bias.clone(),

@@ -14,7 +14,7 @@
 //  4. The draw. The end set is masked for the one draw after an ignored end; EOS is masked for the one draw after a forced end
 //     (not in the s1 accountings, where the loops they reproduce do not).
 //  5. A drawn token of the end set, while ignores remain or count < min, is dropped and one ignore is used up. With
-//     on_end = replace and an ignore string (round-robin) the string is injected, its first token in this very step; else the
+//     on_end = replace and an ignore string (round-robin) that is not empty the string is injected, its first token in this very step; else the
 //     draw is repeated with the end set masked, at the same position. Of an end of several tokens the dropped one is the last:
 //     the text keeps the others, because they may have been the beginning of something else.
 //  6. Otherwise it ends the thinking. After a completed end the rest of `close` is injected; EOS is dropped, as s1's harness drops
@@ -200,6 +200,7 @@ DEVICE int budget_after(Budget& b, const int32_t* pool, int token, bool is_eos) 
     if (b.on_end == ON_END_MASK || b.ignore_count == 0) return BUDGET_REDRAW;
     const PoolString s = b.ignore_strings[b.next_ignore];
     b.next_ignore = (b.next_ignore + 1) % b.ignore_count;
+    if (s.length == 0) return BUDGET_REDRAW;
     budget_inject(b, s, 0, INJECT_IGNORE);
     return pool[b.inject.offset];
   }

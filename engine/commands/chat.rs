@@ -29,11 +29,11 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     request.prompt = frontend.encode_chat(&[Message::new("user", "?")])?;
     frontend.accept(&request, 0, frontend.config.max_position_embeddings as u32)?;
     let mut engine = super::load(frontend, &checkpoint, &device, &super::options(&args.model))?;
+    let mut editor = DefaultEditor::new().map_err(terminal)?;
+    // After the editor, which installs a handler of its own.
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = interrupted.clone();
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).expect("the only handler");
-
-    let mut editor = DefaultEditor::new().map_err(terminal)?;
+    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).expect("the handler can be set");
     let prompt = if std::io::stdin().is_terminal() { "> " } else { "" };
     let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     let mut messages = system.clone();
@@ -65,7 +65,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
             answer(&mut engine, &request, &interrupted, &mut printer)
         });
         match answer {
-            Ok(answer) => messages.push(Message::new("assistant", &answer.channel(Channel::Answer))),
+            Ok(answer) => messages.push(Message::new("assistant", answer.channel(Channel::Answer))),
             // A conversation that has become too long, for one: it can be cleared.
             Err(error @ Error::Request { .. }) => {
                 messages.pop();

@@ -14,6 +14,8 @@ const RESET: &str = "\x1b[0m";
 /// Standard output, in colours if it is a terminal and NO_COLOR is not set.
 pub struct Printer {
     colours: bool,
+    /// What the terminal is set to; "" is plain.
+    colour: &'static str,
     /// The last piece ended in the middle of a line.
     mid_line: bool,
 }
@@ -21,7 +23,7 @@ pub struct Printer {
 impl Printer {
     pub fn new() -> Printer {
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
-        Printer { colours: std::io::stdout().is_terminal() && !unwanted, mid_line: false }
+        Printer { colours: std::io::stdout().is_terminal() && !unwanted, colour: "", mid_line: false }
     }
 
     pub fn print(&mut self, pieces: &[Piece]) -> Result<()> {
@@ -33,8 +35,11 @@ impl Printer {
                 Channel::Reasoning | Channel::Delimiter => DIM,
                 Channel::Answer => "",
             };
-            let reset = if colour.is_empty() { "" } else { RESET };
-            text.extend([colour, &piece.text, reset]);
+            if colour != self.colour {
+                text.extend([if self.colour.is_empty() { "" } else { RESET }, colour]);
+                self.colour = colour;
+            }
+            text.push_str(&piece.text);
             self.mid_line = !piece.text.ends_with('\n');
         }
         self.write(&text)
@@ -42,7 +47,9 @@ impl Printer {
 
     /// So that what follows begins on a new line.
     pub fn end_line(&mut self) -> Result<()> {
-        if std::mem::take(&mut self.mid_line) { self.write("\n") } else { Ok(()) }
+        let reset = if std::mem::take(&mut self.colour).is_empty() { "" } else { RESET };
+        let newline = if std::mem::take(&mut self.mid_line) { "\n" } else { "" };
+        self.write(&[reset, newline].concat())
     }
 
     pub fn write(&mut self, text: &str) -> Result<()> {
