@@ -72,7 +72,7 @@ impl Planted {
     /// With [`T`] words in and out per block; `rounds` of them where a kernel works on several.
     fn prove_words(&self, rounds: usize, truth: impl Fn(&[u32]) -> Vec<u32>) {
         let mut random = Random(7);
-        let words: Vec<u32> = (0..self.blocks as usize * rounds * T).map(|_| random.below(1 << 30) as u32).collect();
+        let words: Vec<u32> = (0..self.blocks as usize * rounds * T).map(|_| random.below(1 << 30)).collect();
         self.prove(&truth(&words), |device, launch| {
             let (input, out, counter) =
                 (upload(device, &words), upload(device, &vec![0u32; words.len()]), upload(device, &[0u32]));
@@ -104,6 +104,15 @@ fn races_are_found() {
     Planted::new(&SHARED_RACE, race).prove_words(1, |words| {
         (0..T).map(|t| (t % 8..T).step_by(8).fold(0, |sum: u32, s| sum.wrapping_add(words[s]))).collect()
     });
+}
+
+#[test]
+fn races_between_blocks_are_found() {
+    let race = &["race", "wrote|reads", "with no barrier or fence in between"];
+    let planted = Planted { blocks: 5, ..Planted::new(&GLOBAL_RACE, race) };
+    planted.prove_words(1, |words| (0..words.len()).map(|i| if i == 0 { 5 } else { 0 }).collect());
+    let planted = Planted { blocks: 2, ..Planted::new(&FLAG_WITHOUT_FENCE, race) };
+    planted.prove_words(1, |words| words[..T].iter().copied().chain(words[..T].iter().map(|x| x + 1)).collect());
 }
 
 #[test]

@@ -238,6 +238,7 @@ static void arrive_for(const Copy& c) {
     if (clock.size() < c->issued->size()) clock.resize(c->issued->size());
     for (size_t i = 0; i < clock.size(); i++) clock[i] = std::max(clock[i], (*c->issued)[i]);
     clock[c->async_component] = std::max(clock[c->async_component], c->async_clock);
+    clock.foreign = c->issued->foreign;
   }
   progress(block, b, s);
 }
@@ -305,7 +306,7 @@ void cp_async(void* dst, const void* src, int valid) {
   if (!in_shared(dst)) fail("cp_async: the destination is not in shared memory");
   if ((uint64_t)dst % 16 || (uint64_t)src % 16) fail("cp_async: source and destination must be aligned to 16 bytes");
   if (valid < 0 || valid > 16) fail("cp_async: %d valid bytes of 16", valid);
-  if (worker->checked && valid) check_global(src, valid, false, "cp_async");
+  if (worker->checked && valid) check_global(src, valid, kRead, "cp_async");
   Copy c = new_copy(AsyncCopy::kCpAsync, "cp_async");
   c->pieces.push_back({(uint8_t*)dst, (const uint8_t*)src, 16, (uint32_t)valid});
   issue(c);
@@ -353,7 +354,7 @@ void bulk_load(void* dst, const void* src, uint32_t bytes, Barrier* b) {
   if (!in_shared(dst)) fail("bulk_load: the destination is not in shared memory");
   if ((uint64_t)dst % 16 || (uint64_t)src % 16 || bytes % 16 || bytes == 0)
     fail("bulk_load: addresses and size (%u) must be multiples of 16 bytes", bytes);
-  if (worker->checked) check_global(src, bytes, false, "bulk_load");
+  if (worker->checked) check_global(src, bytes, kRead, "bulk_load");
   Copy c = new_copy(AsyncCopy::kToShared, "bulk_load");
   for (uint32_t i = 0; i < bytes; i += 16) c->pieces.push_back({(uint8_t*)dst + i, (const uint8_t*)src + i, 16, 16});
   c->barrier = b;
@@ -379,7 +380,7 @@ void bulk_store(void* dst, const void* src, uint32_t bytes) {
   if (!in_shared(src)) fail("bulk_store: the source is not in shared memory");
   if ((uint64_t)dst % 16 || (uint64_t)src % 16 || bytes % 16 || bytes == 0)
     fail("bulk_store: addresses and size (%u) must be multiples of 16 bytes", bytes);
-  if (worker->checked) check_global(dst, bytes, true, "bulk_store");
+  if (worker->checked) check_global(dst, bytes, kWrite, "bulk_store");
   Copy c = new_copy(AsyncCopy::kStore, "bulk_store");
   for (uint32_t i = 0; i < bytes; i += 16) c->pieces.push_back({(uint8_t*)dst + i, (const uint8_t*)src + i, 16, 16});
   issue_store(c);
@@ -496,7 +497,7 @@ void tensor_load(void* dst, const TensorMap* map, Barrier* b, uint32_t blocks, i
     uint8_t* shared = gang->blocks[r]->shared;
     each_piece(m, coordinates, shared + shared_offset(dst), "tma_load",
                [&](uint8_t* to, uint8_t* from, uint32_t valid, ChunkTag tag) {
-                 if (worker->checked && valid) check_global(from, valid, false, "tma_load");
+                 if (worker->checked && valid) check_global(from, valid, kRead, "tma_load");
                  if (worker->checked && shared_offset(to) + 16 > worker->machine->launch.shared_bytes)
                    fail("tma_load writes shared bytes [%u,%u) of a block that has %u", shared_offset(to),
                         shared_offset(to) + 16, worker->machine->launch.shared_bytes);
@@ -515,7 +516,7 @@ void tensor_store(const TensorMap* map, const void* src, int rank, const int* co
   Copy c = new_copy(AsyncCopy::kStore, "tma_store");
   each_piece(m, coordinates, (uint8_t*)src, "tma_store", [&](uint8_t* from, uint8_t* to, uint32_t valid, ChunkTag) {
     if (!valid) return;
-    if (worker->checked) check_global(to, valid, true, "tma_store");
+    if (worker->checked) check_global(to, valid, kWrite, "tma_store");
     c->pieces.push_back({to, from, valid, valid});
   });
   issue_store(c);

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <mutex>
@@ -25,10 +26,44 @@ void see(Fiber* f, int component, uint32_t clock) {
   f->base = base;
 }
 
+static bool covers(const Clock& big, const Clock& small) {
+  for (size_t i = 0; i < small.size(); i++)
+    if (big[i] < small[i]) return false;
+  return true;
+}
+
+static bool covers(const Foreign& big, const Foreign& small) {
+  if (!small || big == small) return true;
+  if (!big) return false;
+  for (const auto& [gang, clock] : *small) {
+    const auto mine = big->find(gang);
+    if (mine == big->end() || (mine->second != clock && !covers(*mine->second, *clock))) return false;
+  }
+  return true;
+}
+
+static Foreign merge(const Foreign& a, const Foreign& b) {
+  if (covers(b, a)) return b;
+  if (covers(a, b)) return a;
+  auto both = std::make_shared<std::map<uint32_t, ClockRef>>(*a);
+  for (const auto& [gang, clock] : *b) {
+    ClockRef& mine = (*both)[gang];
+    if (!mine || covers(*clock, *mine)) {
+      mine = clock;
+    } else if (!covers(*mine, *clock)) {
+      auto most = std::make_shared<Clock>(*mine);
+      for (size_t i = 0; i < clock->size(); i++) (*most)[i] = std::max((*most)[i], (*clock)[i]);
+      mine = most;
+    }
+  }
+  return both;
+}
+
 void accumulate(Clock& clock, const Fiber* f) {
   if (clock.size() < f->base->size()) clock.resize(f->base->size());
   for (size_t i = 0; i < f->base->size(); i++) clock[i] = std::max(clock[i], (*f->base)[i]);
   clock[f->component] = std::max(clock[f->component], f->own);
+  clock.foreign = merge(clock.foreign, f->base->foreign);
 }
 
 ClockRef snapshot(const Fiber* f) {
@@ -39,23 +74,86 @@ ClockRef snapshot(const Fiber* f) {
 
 void join(Fiber* f, const ClockRef& other) {
   if (!other || other == f->base || other->empty()) return;
+  const Foreign foreign = merge(f->base->foreign, other->foreign);
   // Often one is the other's past.
-  bool less = true;
-  for (size_t i = 0; i < other->size() && less; i++) less = (*f->base)[i] <= (*other)[i];
-  if (less) {
+  if (covers(*other, *f->base) && foreign == other->foreign) {
     f->base = other;
     return;
   }
   auto clock = std::make_shared<Clock>(*f->base);
   for (size_t i = 0; i < other->size(); i++) (*clock)[i] = std::max((*clock)[i], (*other)[i]);
+  clock->foreign = foreign;
   f->base = clock;
+}
+
+// ---- flags in global memory ----
+
+// All that a fiber has seen, its own gang's part as one of many.
+static Foreign all_seen(Fiber* f) {
+  auto own = std::make_shared<std::map<uint32_t, ClockRef>>();
+  (*own)[f->block->gang->number] = snapshot(f);
+  advance(f);
+  return merge(f->base->foreign, own);
+}
+
+static void learn(Fiber* f, const Foreign& seen) {
+  if (!seen) return;
+  const auto own = seen->find(f->block->gang->number);
+  if (own != seen->end()) join(f, own->second);
+  if (covers(f->base->foreign, seen)) return;
+  auto base = std::make_shared<Clock>(*f->base);
+  base->foreign = merge(base->foreign, seen);
+  f->base = base;
+}
+
+void release_flag(const void* p, bool relaxed) {
+  Fiber* f = current;
+  const Foreign released = relaxed ? f->fence_device : all_seen(f);
+  if (!released) return;
+  Machine& m = *worker->machine;
+  std::lock_guard<std::mutex> lock(m.flags_mutex);
+  Foreign& flag = m.flags[p];
+  flag = merge(flag, released);
+}
+
+void acquire_flag(const void* p, bool relaxed) {
+  Fiber* f = current;
+  Foreign found;
+  {
+    Machine& m = *worker->machine;
+    std::lock_guard<std::mutex> lock(m.flags_mutex);
+    const auto flag = m.flags.find(p);
+    if (flag != m.flags.end()) found = flag->second;
+  }
+  if (relaxed)
+    f->unfenced = merge(f->unfenced, found);
+  else
+    learn(f, found);
+}
+
+void fence_flags() {
+  learn(current, current->unfenced);
+  current->fence_device = all_seen(current);
 }
 
 // ---- allocations ----
 
+// Who last wrote and who last read two bytes of global memory in this launch: from the top 11 bits of the launch's number,
+// 20 of the gang's, 13 of the component, 19 of its clock, 1 for an atomic access. 0: nobody.
+struct GlobalCell {
+  uint64_t writer, reader;
+};
+
 struct Allocation {
   uint64_t begin, end, stream;
   void* memory;
+  GlobalCell* cells = nullptr;  // one for every two bytes, mapped when a checked launch first comes here
+  uint64_t cells_epoch = 0;     // launch numbers are of this multiple of 2^11
+  std::mutex cells_mutex;
+  ~Allocation() {
+    if (cells) munmap(cells, cells_bytes());
+  }
+  uint64_t cells_bytes() const { return ((end - begin) / 2 + 1) * sizeof(GlobalCell); }
   // A bit per 16 bytes: written by a launch that has not been waited for; and by the launch that runs now.
   std::vector<uint64_t> dirty, fresh;
 };
@@ -124,14 +222,82 @@ static bool may_touch_before_wait(const Fiber* f) {
   return false;
 }
 
-void check_global(const void* p, uint32_t bytes, bool write, const char* who) {
+static GlobalCell* cells_of(Allocation* a) {
+  const uint64_t epoch = (worker->machine->number >> 11) + 1;
+  if (__atomic_load_n(&a->cells_epoch, __ATOMIC_ACQUIRE) == epoch) return a->cells;
+  std::lock_guard<std::mutex> lock(a->cells_mutex);
+  if (a->cells_epoch == epoch) return a->cells;
+  if (a->cells) {
+    madvise(a->cells, a->cells_bytes(), MADV_DONTNEED);
+  } else {
+    void* memory =
+        mmap(nullptr, a->cells_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) fail("no memory for the race checker");
+    a->cells = (GlobalCell*)memory;
+  }
+  __atomic_store_n(&a->cells_epoch, epoch, __ATOMIC_RELEASE);
+  return a->cells;
+}
+
+// Is what `cell` says of an access, of this launch, not ordered before the current fiber?
+static bool unordered(uint64_t cell, uint64_t mine) {
+  if (cell >> 53 != mine >> 53) return false;
+  const Fiber* f = current;
+  const uint32_t gang = cell >> 33 & 0xfffff, component = cell >> 20 & 0x1fff, clock = cell >> 1 & 0x7ffff;
+  if (gang == f->block->gang->number) return component != (uint32_t)f->component && seen(f, component) < clock;
+  if (!f->base->foreign) return true;
+  const auto seen_of = f->base->foreign->find(gang);
+  return seen_of == f->base->foreign->end() || (*seen_of->second)[component] < clock;
+}
+
+[[noreturn]] static void global_race(const char* who, int kind, const void* p, uint64_t cell, bool was_read) {
+  const SimtLaunch& launch = worker->machine->launch;
+  const uint64_t component = cell >> 20 & 0x1fff,
+                 block = (cell >> 33 & 0xfffff) * launch.cluster + component / launch.threads;
+  fail("race: %s %s %p, which block (%u,%u,%u), thread %u %s with no barrier or fence in between", who,
+       kind == kRead    ? "reads"
+       : kind == kWrite ? "writes"
+                        : "atomically updates",
+       p, (uint32_t)(block % launch.grid[0]), (uint32_t)(block / launch.grid[0] % launch.grid[1]),
+       (uint32_t)(block / launch.grid[0] / launch.grid[1]), (uint32_t)(component % launch.threads),
+       was_read ? "reads" : "wrote");
+}
+
+// Of the readers of two bytes only the last is remembered; accesses to one byte alone are not followed. A cell is exchanged,
+// so that of two blocks on different cores one sees the other. Gangs beyond the first 2^20 are not followed.
+static void check_global_race(Allocation* a, uint64_t at, uint32_t bytes, int kind, const char* who) {
+  const Fiber* f = current;
+  if (f->block->gang->number >> 20) return;
+  const uint64_t mine = (worker->machine->number & 0x7ff) << 53 | (uint64_t)f->block->gang->number << 33 |
+                        (uint64_t)f->component << 20 | (uint64_t)(f->own & 0x7ffff) << 1 | (kind == kAtomic);
+  GlobalCell* cells = cells_of(a) + (at - a->begin) / 2;
+  for (uint32_t i = 0; i < bytes / 2; i++) {
+    GlobalCell& cell = cells[i];
+    const void* p = (const void*)(at + 2 * i);
+    if (kind == kRead) {
+      if (__atomic_load_n(&cell.reader, __ATOMIC_RELAXED) != mine)
+        __atomic_exchange_n(&cell.reader, mine, __ATOMIC_SEQ_CST);
+      const uint64_t writer = __atomic_load_n(&cell.writer, __ATOMIC_SEQ_CST);
+      if (unordered(writer, mine)) global_race(who, kind, p, writer, false);
+    } else {
+      const uint64_t writer = __atomic_exchange_n(&cell.writer, mine, __ATOMIC_SEQ_CST);
+      if (!(kind == kAtomic && writer & 1) && unordered(writer, mine)) global_race(who, kind, p, writer, false);
+      const uint64_t reader = __atomic_load_n(&cell.reader, __ATOMIC_SEQ_CST);
+      if (unordered(reader, mine)) global_race(who, kind, p, reader, true);
+    }
+  }
+}
+
+void check_global(const void* p, uint32_t bytes, int kind, const char* who) {
   Allocation* a = find(p);
   const uint64_t at = (uint64_t)p;
+  const bool write = kind != kRead;
   if (!a || at + bytes > a->end) {
     if (is_ours(p)) return;
     fail("%s %s %u bytes at %p, outside of all device memory%s", who, write ? "writes" : "reads", bytes, p,
          at < 4096 ? " (a null pointer)" : "");
   }
+  check_global_race(a, at, bytes, kind, who);
   const Fiber* f = current;
   if (!worker->machine->launch.pdl || may_touch_before_wait(f)) return;
   for (uint64_t i = (at - a->begin) / 16; i <= (at + bytes - 1 - a->begin) / 16; i++)
@@ -234,7 +400,7 @@ void access(const void* p, uint32_t bytes, int kind) {
   const uint64_t in_windows = (const uint8_t*)p - worker->windows;
   const char* doing = kind == kRead ? "reads" : kind == kWrite ? "writes" : "atomically updates";
   if (in_windows >= (uint64_t)kMaxWindows * kWindow) {
-    check_global(p, bytes, kind != kRead, "the kernel");
+    check_global(p, bytes, kind, "the kernel");
     if (kind != kRead) note_global_write(p, bytes);
     return;
   }

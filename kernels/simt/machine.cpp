@@ -319,9 +319,10 @@ bool Worker::start_gang() {
 
   auto gang = std::make_unique<Gang>();
   gang->worker = this;
+  gang->number = number;
   gang->live = gang->live_at_start = launch.cluster * launch.threads;
   gang->components = gang->live + kAsyncClocks + launch.cluster * ((launch.threads + 127) / 128) * 4;
-  if (checked) gang->zero = std::make_shared<Clock>(gang->components, 0u);
+  if (checked) gang->zero = std::make_shared<Clock>(gang->components);
   const uint64_t first = number * launch.cluster;
   for (uint32_t rank = 0; rank < launch.cluster; rank++) {
     auto block = std::make_unique<Block>();
@@ -732,16 +733,19 @@ void mma_collective(void* arg, int line) { collective(kMma, line, arg, mma_all);
 // ---- atomics: on the host's own, so they work between blocks on different cores ----
 
 template <typename T>
-static T exchange_loop(T* p, T (*next)(T, T), T v) {
+static T exchange_loop(T* p, T (*next)(T, T), T v, bool relaxed = true) {
+  const bool flag = worker->checked && !block_of_shared(p);
   if (worker->checked) access(p, sizeof(T), kAtomic);
+  if (flag) release_flag(p, relaxed);
   T old = __atomic_load_n(p, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(p, &old, next(old, v), true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
   }
+  if (flag) acquire_flag(p, relaxed);
   return old;
 }
 
 uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last) {
-  return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t most) { return x >= most ? 0 : x + 1; }, last);
+  return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t most) { return x >= most ? 0 : x + 1; }, last, false);
 }
 uint32_t atomic_add(uint32_t* p, uint32_t v) {
   return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t y) { return x + y; }, v);
@@ -756,17 +760,25 @@ uint32_t atomic_min(uint32_t* p, uint32_t v) {
   return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t y) { return x < y ? x : y; }, v);
 }
 
-void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+void fence() {
+  if (worker->checked) fence_flags();
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 
 uint32_t load_acquire(const uint32_t* p) {
   if (worker->checked) access(p, 4, kAtomic);
   // Whoever reads a flag may be waiting for it: let the others run.
   yield_polling("a flag in memory", p, 0);
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  const uint32_t value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  if (worker->checked) acquire_flag(p, false);
+  return value;
 }
 
 void store_release(uint32_t* p, uint32_t v) {
-  if (worker->checked) access(p, 4, kAtomic);
+  if (worker->checked) {
+    access(p, 4, kAtomic);
+    release_flag(p, false);
+  }
   __atomic_store_n(p, v, __ATOMIC_RELEASE);
 }
 
@@ -774,8 +786,10 @@ void store_release(uint32_t* p, uint32_t v) {
 
 extern "C" int simt_run(const SimtLaunch* launch, char* report, uint64_t capacity) {
   using namespace simt;
+  static std::atomic<uint64_t> launches{0};
   Machine m;
   m.launch = *launch;
+  m.number = ++launches;
   std::string problem;
   const uint64_t blocks = (uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2];
   if (blocks == 0)

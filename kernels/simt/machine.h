@@ -12,6 +12,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -41,8 +42,14 @@ constexpr int kAsyncClocks = 64;  // clocks of asynchronous work per gang
 // ---- happens-before (checked launches) ----
 
 // A component per fiber of the gang, then kAsyncClocks for asynchronous copies, then one per warp for its wgmmas.
-using Clock = std::vector<uint32_t>;
+// `foreign`: what has been seen of other gangs, by their numbers, through flags in global memory.
+struct Clock;
 using ClockRef = std::shared_ptr<const Clock>;
+using Foreign = std::shared_ptr<const std::map<uint32_t, ClockRef>>;
+struct Clock : std::vector<uint32_t> {
+  using std::vector<uint32_t>::vector;
+  Foreign foreign;
+};
 
 struct AsyncCopy;
 
@@ -121,6 +128,8 @@ struct Fiber {
   uint32_t own = 1;
   std::vector<uint32_t> fences;  // own clock at each proxy fence
   ClockRef fence_base;           // what this fiber had seen at its last one
+  Foreign fence_device;          // what a relaxed atomic after fence_device() releases,
+  Foreign unfenced;              // and what those before the next fence_device() have found
 };
 
 // What is known of one byte of shared memory.
@@ -174,6 +183,7 @@ struct Block {
 // Blocks that run together: a cluster, or one block.
 struct Gang {
   Worker* worker;
+  uint32_t number;  // in the grid
   std::vector<std::unique_ptr<Block>> blocks;
   int live, live_at_start;
   int cluster_arrived = 0;
@@ -220,6 +230,10 @@ struct Machine {
   uint64_t next = 0;  // atomically taken
   uint32_t failed = 0;
   std::string report;
+  uint64_t number = 0;  // of the launch, in this process
+  // What was released through each flag in global memory.
+  std::unordered_map<const void*, Foreign> flags;
+  std::mutex flags_mutex;
 };
 
 struct Worker {
@@ -293,8 +307,13 @@ void adopt(const void* p, uint32_t bytes);
 void visit(Block* block, int component, uint32_t clock);
 // The async proxy reads shared bytes on behalf of the current fiber: they must have been fenced.
 void check_proxy(const void* p, uint32_t bytes, const char* reader);
-// Global bytes touched by asynchronous work: bounds and PDL.
-void check_global(const void* p, uint32_t bytes, bool write, const char* who);
+// Global bytes touched by the current fiber, or by what it issues: bounds, PDL, races.
+void check_global(const void* p, uint32_t bytes, int kind, const char* who);
+// Order between blocks, through the flag at `p`: an atomic access that releases or acquires, and fence_device(), which makes
+// the relaxed ones do so.
+void release_flag(const void* p, bool relaxed);
+void acquire_flag(const void* p, bool relaxed);
+void fence_flags();
 void note_global_write(const void* p, uint32_t bytes);
 void end_of_launch(uint64_t stream);
 bool deliver_one(Worker& w, bool only_sometimes);
