@@ -138,5 +138,20 @@ pub mod planted {
         wrong_stride: PlantedParams, PLANTED_THREADS;
         unfenced_operand: PlantedParams, PLANTED_THREADS;
         release_before_wgmma_wait: PlantedParams, PLANTED_THREADS;
+        load_box: PlantedParams, PLANTED_THREADS;
+        store_box: PlantedParams, PLANTED_THREADS;
+        matrix_fragments: PlantedParams, PLANTED_THREADS;
+        mma_fragments: PlantedParams, PLANTED_THREADS;
+        wgmma_n8: PlantedParams, PLANTED_THREADS;
+        wgmma_n64: PlantedParams, PLANTED_THREADS;
+        wgmma_n96: PlantedParams, PLANTED_THREADS;
+        wgmma_n256: PlantedParams, PLANTED_THREADS;
+        cluster_exchange: PlantedParams, PLANTED_THREADS;
+        cluster_arrivals: PlantedParams, PLANTED_THREADS;
+        cp_async_copy: PlantedParams, PLANTED_THREADS;
+        bulk_copy: PlantedParams, PLANTED_THREADS;
+        named_barriers: PlantedParams, PLANTED_THREADS;
+        collectives: PlantedParams, PLANTED_THREADS;
+        grid_barrier: PlantedParams, PLANTED_THREADS;
     }
 }

@@ -274,3 +274,324 @@ fn wgmma_out_of_order_is_found() {
     prove(&UNFENCED_OPERAND, 1.0, &["wgmma reads shared byte", "no fence_proxy_async()"]);
     prove(&RELEASE_BEFORE_WGMMA_WAIT, 2.0, &["race", "tma_load", "a wgmma in flight"]);
 }
+
+// ---- what instructions mean ----
+
+/// Every order with checks, and the machine as it serves.
+fn everywhere() -> impl Iterator<Item = Device> {
+    hostile().into_iter().chain([HostOptions::default()]).map(Device::host)
+}
+
+/// Launches `blocks` blocks, in clusters of `cluster`, and waits.
+fn run(
+    device: &Device,
+    kernel: &'static ponder::kernels::Kernel<PlantedParams>,
+    [blocks, cluster]: [u32; 2],
+    params: PlantedParams,
+) {
+    let launch = Launch { cluster, shared_bytes: MEANING_SHARED, ..kernel.launch([blocks, 1, 1], params) };
+    device.launch(&launch).unwrap();
+    device.synchronize().unwrap();
+}
+
+fn random_words(seed: u64, count: usize) -> Vec<u32> {
+    let mut random = Random(seed);
+    (0..count).map(|_| random.below(1 << 31) * 2 + random.below(2)).collect()
+}
+
+/// A box of a tensor: dimensions, the box's size and where it begins, innermost first.
+struct BoxCase {
+    dims: Vec<usize>,
+    r#box: Vec<usize>,
+    at: Vec<i32>,
+    swizzle: bool,
+}
+
+impl BoxCase {
+    fn all() -> Vec<BoxCase> {
+        let case = |dims: &[usize], r#box: &[usize], at: &[i32], swizzle| BoxCase {
+            dims: dims.into(),
+            r#box: r#box.into(),
+            at: at.into(),
+            swizzle,
+        };
+        vec![
+            case(&[200], &[64], &[16], false),
+            case(&[200], &[64], &[170], false),
+            case(&[200], &[64], &[-16], true),
+            case(&[72, 9], &[24, 4], &[3, 2], false),
+            case(&[72, 9], &[64, 16], &[0, 0], true),
+            case(&[72, 9], &[64, 16], &[16, -5], true),
+            case(&[40, 7, 3], &[16, 3, 2], &[32, 5, 2], false),
+            case(&[136, 7, 3], &[64, 5, 2], &[120, -1, 0], true),
+            case(&[64, 3, 4, 2], &[64, 2, 3, 2], &[0, 1, 2, 0], true),
+            case(&[48, 3, 4, 2], &[8, 3, 2, 2], &[-8, -1, -1, -1], false),
+            case(&[48, 3, 4, 2], &[16, 3, 2, 2], &[41, 1, 3, 1], false),
+        ]
+    }
+
+    fn bytes(&self) -> usize {
+        self.r#box.iter().product::<usize>() * 2
+    }
+
+    /// For every element of the box: its index in shared memory, and in the tensor if it lies inside.
+    fn elements(&self) -> Vec<(usize, Option<usize>)> {
+        let place = |element: usize| {
+            let (mut rest, mut index, mut step) = (element, Some(0), 1);
+            for ((&dim, &size), &at) in self.dims.iter().zip(&self.r#box).zip(&self.at) {
+                let coordinate = at + (rest % size) as i32;
+                let inside = coordinate >= 0 && coordinate < dim as i32;
+                index = index.filter(|_| inside).map(|i| i + coordinate as usize * step);
+                (rest, step) = (rest / size, step * dim);
+            }
+            let byte = element * 2;
+            let swizzled = if self.swizzle { byte ^ ((byte >> 7 & 7) << 4) } else { byte };
+            (swizzled / 2, index)
+        };
+        (0..self.bytes() / 2).map(place).collect()
+    }
+
+    fn params(&self, device: &Device, tensor: &Buffer) -> PlantedParams {
+        fn map<const RANK: usize>(device: &Device, tensor: &Buffer, case: &BoxCase) -> TensorMap {
+            let [dims, r#box] = [&case.dims, &case.r#box].map(|v| v[..].try_into().unwrap());
+            tensor_map::<RANK>(device, tensor, dims, r#box, case.swizzle)
+        }
+        let rank = self.dims.len();
+        let map = [map::<1>, map::<2>, map::<3>, map::<4>][rank - 1](device, tensor, self);
+        let mut coordinates = [0; 4];
+        coordinates[..rank].copy_from_slice(&self.at);
+        PlantedParams { map, mode: rank as i32, bytes: self.bytes() as i32, coordinates, ..Default::default() }
+    }
+
+    fn describe(&self) -> String {
+        format!("box {:?} at {:?} of {:?}, swizzle {}", self.r#box, self.at, self.dims, self.swizzle)
+    }
+}
+
+#[test]
+fn tensor_loads_clip_and_swizzle() {
+    for case in BoxCase::all() {
+        let tensor: Vec<u16> = (1..=case.dims.iter().product::<usize>() as u16).collect();
+        let mut truth = vec![0u16; case.bytes() / 2];
+        for (to, from) in case.elements() {
+            truth[to] = from.map_or(0, |i| tensor[i]);
+        }
+        for device in everywhere() {
+            let (buffer, out) = (upload(&device, &tensor), device.alloc(case.bytes()).unwrap());
+            run(&device, &LOAD_BOX, [1, 1], PlantedParams { out: out.pointer(), ..case.params(&device, &buffer) });
+            assert_eq!(download::<u16>(&device, &out), truth, "{}", case.describe());
+        }
+    }
+}
+
+#[test]
+fn tensor_stores_clip_and_swizzle() {
+    for case in BoxCase::all() {
+        let image: Vec<u16> = (1..=case.bytes() as u16 / 2).collect();
+        let mut truth = vec![0u16; case.dims.iter().product()];
+        for (from, to) in case.elements() {
+            if let Some(to) = to {
+                truth[to] = image[from];
+            }
+        }
+        for device in everywhere() {
+            let (input, out) = (upload(&device, &image), upload(&device, &vec![0u16; truth.len()]));
+            let params = PlantedParams { input: input.pointer(), ..case.params(&device, &out) };
+            run(&device, &STORE_BOX, [1, 1], params);
+            assert_eq!(download::<u16>(&device, &out), truth, "{}", case.describe());
+        }
+    }
+}
+
+/// One block over some words.
+fn transform(
+    device: &Device,
+    kernel: &'static ponder::kernels::Kernel<PlantedParams>,
+    input: &[u32],
+    out_words: usize,
+    params: PlantedParams,
+) -> Vec<u32> {
+    let (input, out) = (upload(device, input), device.alloc(out_words * 4).unwrap());
+    run(device, kernel, [1, 1], PlantedParams { input: input.pointer(), out: out.pointer(), ..params });
+    download(device, &out)
+}
+
+/// Lane l holds, of matrix i, elements (l / 4, 2 (l % 4)) and the next one in register i.
+#[test]
+fn matrices_lie_in_fragments() {
+    let words = random_words(21, 128);
+    let values: &[u16] = bytemuck::cast_slice(&words);
+    for mode in 0..4 {
+        let mut truth = vec![0u16; 256];
+        for (lane, matrix, half) in (0..256).map(|i| (i / 8, i / 2 % 4, i % 2)) {
+            let (row, column) = (lane / 4, 2 * (lane % 4) + half);
+            let [row, column] = if mode % 2 == 1 { [column, row] } else { [row, column] };
+            let (register, element) = ((lane * 4 + matrix) * 2 + half, matrix * 64 + row * 8 + column);
+            let [to, from] = if mode < 2 { [register, element] } else { [element, register] };
+            truth[to] = values[from];
+        }
+        for device in everywhere() {
+            let params = PlantedParams { mode, ..Default::default() };
+            let out = transform(&device, &MATRIX_FRAGMENTS, &words, 128, params);
+            assert_eq!(bytemuck::cast_slice::<u32, u16>(&out), truth, "mode {mode}");
+        }
+    }
+}
+
+fn pair(low: bf16, high: bf16) -> u32 {
+    low.to_bits() as u32 | (high.to_bits() as u32) << 16
+}
+
+/// Register i of lane l of a 16 x 16 fragment of A that begins at a row and a column of `a` [..][k].
+fn a_fragment(a: &[bf16], k: usize, row: usize, column: usize, lane: usize, i: usize) -> u32 {
+    let at = (row + lane / 4 + 8 * (i % 2)) * k + column + 2 * (lane % 4) + 8 * (i / 2);
+    pair(a[at], a[at + 1])
+}
+
+#[test]
+fn mma_multiplies_fragments() {
+    let mut random = Random(22);
+    let (a, b, c) = (integers(&mut random, 16 * 16), integers(&mut random, 8 * 16), integers(&mut random, 16 * 8));
+    let place = |lane: usize, i: usize| (lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2;
+    let registers = |lane: usize| {
+        let a = (0..4).map(move |i| (i, lane)).map(|(i, lane)| a_fragment(&a, 16, 0, 0, lane, i));
+        let b = (0..2).map(|i| lane / 4 * 16 + 2 * (lane % 4) + 8 * i).map(|at| pair(b[at], b[at + 1]));
+        let c = (0..4).map(|i| c[place(lane, i)].to_f32().to_bits());
+        a.chain(b).chain(c).collect::<Vec<_>>()
+    };
+    let input: Vec<u32> = (0..32).flat_map(registers).collect();
+    let sum = product(&a, &b, 16);
+    let truth: Vec<f32> = (0..128).map(|r| place(r / 4, r % 4)).map(|at| sum[at] + c[at].to_f32()).collect();
+    for device in everywhere() {
+        let out = transform(&device, &MMA_FRAGMENTS, &input, 128, PlantedParams::default());
+        assert_eq!(out.iter().map(|&x| f32::from_bits(x)).collect::<Vec<_>>(), truth);
+    }
+}
+
+fn transposed(matrix: &[bf16], columns: usize) -> Vec<bf16> {
+    (0..columns).flat_map(|c| matrix.iter().skip(c).step_by(columns).copied()).collect()
+}
+
+#[test]
+fn wgmma_multiplies_what_its_descriptors_describe() {
+    for (kernel, n) in [(&WGMMA_N8, 8), (&WGMMA_N64, 64), (&WGMMA_N96, 96), (&WGMMA_N256, 256)] {
+        let mut random = Random(23);
+        let (a, b) = (integers(&mut random, TILE * TILE), integers(&mut random, n * TILE));
+        let registers: Vec<u32> =
+            (0..T * 16).map(|r| a_fragment(&a, TILE, r / 16 / 32 * 16, r / 4 % 4 * 16, r / 16 % 32, r % 4)).collect();
+        let sum = product(&a, &b, TILE);
+        let place = |thread: usize, i: usize| {
+            let (row, column) =
+                (thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2), 8 * (i / 4) + 2 * (thread % 4) + i % 2);
+            row * n + column
+        };
+        let truth: Vec<f32> = (0..T * n / 2).map(|r| 1.0 + sum[place(r / (n / 2), r % (n / 2))]).collect();
+        // Bit 0: A from registers; 1: A is [k][m]; 2: B is [k][n].
+        for mode in (0..8).filter(|mode| mode & 3 != 3 && (mode & 4 == 0 || n % 64 == 0)) {
+            for device in everywhere() {
+                let a = upload(&device, &if mode & 2 != 0 { transposed(&a, TILE) } else { a.clone() });
+                let map = tensor_map(&device, &a, [TILE, TILE], [TILE, TILE], true);
+                let b = upload(&device, &if mode & 4 != 0 { transposed(&b, TILE) } else { b.clone() });
+                let other_map = match mode & 4 {
+                    0 => tensor_map(&device, &b, [TILE, n], [TILE, n], true),
+                    _ => tensor_map(&device, &b, [n, TILE], [TILE, TILE], true),
+                };
+                let params = PlantedParams { map, other_map, mode, ..Default::default() };
+                let out = transform(&device, kernel, &registers, T * n / 2, params);
+                assert!(out.iter().map(|&x| f32::from_bits(x)).eq(truth.iter().copied()), "n {n}, mode {mode}");
+            }
+        }
+    }
+}
+
+#[test]
+fn clusters_share_memory() {
+    let words = random_words(24, T);
+    for device in everywhere() {
+        for blocks in [1u32, 2, 4, 8] {
+            // The map moves 16-bit values, two to a word.
+            let (input, out) = (upload(&device, &words), device.alloc(blocks as usize * T * 4).unwrap());
+            let map = tensor_map(&device, &input, [64, 4], [64, 4], false);
+            let params = PlantedParams { map, out: out.pointer(), ..Default::default() };
+            run(&device, &CLUSTER_EXCHANGE, [blocks, blocks], params);
+            let from = |rank: u32| (rank + blocks - 1) % blocks;
+            let truth: Vec<u32> =
+                (0..blocks).flat_map(|rank| words.iter().map(move |w| w.wrapping_add(from(rank)))).collect();
+            assert_eq!(download::<u32>(&device, &out), truth, "{blocks} blocks");
+
+            let out = device.alloc(blocks as usize * 4).unwrap();
+            let params = PlantedParams { input: input.pointer(), out: out.pointer(), ..Default::default() };
+            run(&device, &CLUSTER_ARRIVALS, [blocks, blocks], params);
+            assert_eq!(download::<u32>(&device, &out), words[..blocks as usize]);
+        }
+    }
+}
+
+#[test]
+fn copies_bring_what_they_are_told() {
+    let words = random_words(25, T);
+    let complements: Vec<u32> = words.iter().map(|w| !w).collect();
+    for device in everywhere() {
+        for mode in 0..2 {
+            for bytes in [0, 4, 8, 16] {
+                let params = PlantedParams { mode, bytes, ..Default::default() };
+                let truth: Vec<u32> = (0..T).map(|t| if t as i32 % 4 * 4 < bytes { words[t] } else { 0 }).collect();
+                assert_eq!(transform(&device, &CP_ASYNC_COPY, &words, T, params), truth, "mode {mode}, {bytes} bytes");
+            }
+            let params = PlantedParams { mode, ..Default::default() };
+            assert_eq!(transform(&device, &BULK_COPY, &words, T, params), complements, "mode {mode}");
+        }
+    }
+}
+
+#[test]
+fn named_barriers_order_their_threads() {
+    let words = random_words(26, 256);
+    let truth: Vec<u32> = (0..256).map(|i| words[i ^ 1]).collect();
+    for device in everywhere() {
+        assert_eq!(transform(&device, &NAMED_BARRIERS, &words, 256, PlantedParams::default()), truth);
+    }
+}
+
+#[test]
+fn warps_exchange_and_vote() {
+    let words = random_words(27, T);
+    let truth = |t: usize| {
+        let (warp, lane) = (&words[t / 32 * 32..][..32], t % 32);
+        let x = warp[lane];
+        let ballot = warp.iter().enumerate().fold(0, |bits, (i, w)| bits | (w & 1) << i);
+        [
+            warp[lane ^ 5],
+            warp[x as usize % 32],
+            warp[if lane < 3 { lane } else { lane - 3 }],
+            ballot,
+            warp.iter().any(|w| w % 64 == 0) as u32,
+            warp.iter().all(|w| w % 64 != 0) as u32,
+            (warp.iter().map(|w| w % 1024).sum::<u32>() as f32).to_bits(),
+            1,
+        ]
+    };
+    let truth: Vec<u32> = (0..T).flat_map(truth).collect();
+    for device in everywhere() {
+        assert_eq!(transform(&device, &COLLECTIVES, &words, 8 * T, PlantedParams::default()), truth);
+    }
+}
+
+/// More blocks than there are cores wait for each other: they must all run at once.
+#[test]
+fn blocks_that_wait_for_each_other_run_together() {
+    const BLOCKS: usize = 40;
+    let words: Vec<u32> = random_words(28, BLOCKS).iter().map(|w| w % 1000).collect();
+    for device in everywhere() {
+        let (input, counter) = (upload(&device, &words), upload(&device, &[0u32]));
+        let out = device.alloc(2 * BLOCKS * 4).unwrap();
+        let params = PlantedParams {
+            input: input.pointer(),
+            out: out.pointer(),
+            counter: counter.pointer(),
+            ..Default::default()
+        };
+        run(&device, &GRID_BARRIER, [BLOCKS as u32, 1], params);
+        assert_eq!(download::<u32>(&device, &out)[..BLOCKS], vec![words.iter().sum::<u32>(); BLOCKS]);
+    }
+}

@@ -10,6 +10,8 @@ enum {
   PLANTED_SHARED = 512,  // a word per thread, where a kernel says nothing else
   PLANTED_COPY_SHARED = 1024,
   PLANTED_WGMMA_SHARED = 16384 + 64,
+  MEANING_BARRIER = 40960,  // where the mbarrier is, behind what a kernel moves
+  MEANING_SHARED = MEANING_BARRIER + 64,
 };
 
 typedef struct PlantedParams {
@@ -53,6 +55,21 @@ KERNEL_PROTOTYPE(wrong_swizzle, PlantedParams)
 KERNEL_PROTOTYPE(wrong_stride, PlantedParams)
 KERNEL_PROTOTYPE(unfenced_operand, PlantedParams)
 KERNEL_PROTOTYPE(release_before_wgmma_wait, PlantedParams)
+KERNEL_PROTOTYPE(load_box, PlantedParams)
+KERNEL_PROTOTYPE(store_box, PlantedParams)
+KERNEL_PROTOTYPE(matrix_fragments, PlantedParams)
+KERNEL_PROTOTYPE(mma_fragments, PlantedParams)
+KERNEL_PROTOTYPE(wgmma_n8, PlantedParams)
+KERNEL_PROTOTYPE(wgmma_n64, PlantedParams)
+KERNEL_PROTOTYPE(wgmma_n96, PlantedParams)
+KERNEL_PROTOTYPE(wgmma_n256, PlantedParams)
+KERNEL_PROTOTYPE(cluster_exchange, PlantedParams)
+KERNEL_PROTOTYPE(cluster_arrivals, PlantedParams)
+KERNEL_PROTOTYPE(cp_async_copy, PlantedParams)
+KERNEL_PROTOTYPE(bulk_copy, PlantedParams)
+KERNEL_PROTOTYPE(named_barriers, PlantedParams)
+KERNEL_PROTOTYPE(collectives, PlantedParams)
+KERNEL_PROTOTYPE(grid_barrier, PlantedParams)
 #ifdef __cplusplus
 }
 #endif
