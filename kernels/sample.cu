@@ -414,8 +414,9 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
   SampleShared& shared = *(SampleShared*)shared_memory();
   const int slot_id = p.row_slot[block_y()];
   SlotState& slot = p.slots[slot_id];
-  TokenRecord& record = p.ring->records[*p.step % RING_STEPS][block_y()];
   const bool leader = cluster_rank() == 0 && thread_idx() == 0;
+  // The leader alone: once its record is out, the last row's leader may count the step.
+  TokenRecord& record = p.ring->records[leader ? *p.step % RING_STEPS : 0][block_y()];
 
   if (!(slot.flags & SLOT_ACTIVE)) {
     if (leader) {
