@@ -155,3 +155,61 @@ pub mod planted {
         grid_barrier: PlantedParams, PLANTED_THREADS;
     }
 }
+
+/// The state machine of kernels/budget.cuh without a sampler around it: for the tests alone.
+pub mod budget {
+    use super::params::{self, Budget, PoolString};
+
+    pub struct Machine {
+        state: Budget,
+        pool: Vec<i32>,
+    }
+
+    /// What the sampler must know before the draw.
+    pub struct Step {
+        pub forced: Option<i32>,
+        pub mask_end: bool,
+        pub mask_eos: bool,
+    }
+
+    impl Machine {
+        /// `pool` holds every string of `state`.
+        pub fn new(state: Budget, pool: Vec<i32>) -> Machine {
+            let strings = [state.start, state.end, state.close, state.end_string, state.inject];
+            let holds = |s: &PoolString| s.offset as usize + s.length as usize <= pool.len();
+            assert!(strings.iter().chain(&state.ignore_strings).all(holds), "a string outside of the pool");
+            Machine { state, pool }
+        }
+
+        pub fn state(&self) -> &Budget {
+            &self.state
+        }
+
+        pub fn before(&mut self) -> Step {
+            let mut step = [0; 3];
+            // SAFETY: the pool holds every string, and the step has room for three.
+            unsafe { params::simt_budget_before(&mut self.state, self.pool.as_ptr(), step.as_mut_ptr()) };
+            Step { forced: (step[0] >= 0).then_some(step[0]), mask_end: step[1] != 0, mask_eos: step[2] != 0 }
+        }
+
+        /// What is emitted in place of a drawn token; `None`: draw again with the end set masked.
+        pub fn after(&mut self, token: i32, is_eos: bool) -> Option<i32> {
+            // SAFETY: the pool holds every string.
+            let token = unsafe { params::simt_budget_after(&mut self.state, self.pool.as_ptr(), token, is_eos.into()) };
+            (token >= 0).then_some(token)
+        }
+
+        /// Gives the token's flags.
+        pub fn emit(&mut self, token: i32, traits: u8) -> u32 {
+            // SAFETY: the pool holds every string.
+            unsafe { params::simt_budget_emit(&mut self.state, self.pool.as_ptr(), token, traits) }
+        }
+
+        /// The token that would complete the end now.
+        pub fn completing(&self) -> Option<i32> {
+            // SAFETY: the pool holds every string.
+            let token = unsafe { params::simt_budget_completing(&self.state, self.pool.as_ptr()) };
+            (token >= 0).then_some(token)
+        }
+    }
+}

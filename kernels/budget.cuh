@@ -19,8 +19,10 @@
 //     the text keeps the others, because they may have been the beginning of something else.
 //  6. Otherwise it ends the thinking. After a completed end the rest of `close` is injected; EOS is dropped, as s1's harness drops
 //     it, and `close` is injected in its place. Then the answer begins, for good: a later start does not re-arm.
+// Only a drawn token completes an end: one that an ignore string completes is thinking like the rest of it.
 //
-// Counting. strict: every token between the delimiters, injected ones included; the end string is outside. s1-harness: the
+// Counting. The beginning of an end counts as thinking until the end is completed or forced: then it belongs to the end, and the
+// minimum is met without it. strict: every token between the delimiters, injected ones included; the end string is outside. s1-harness: the
 // same number, since the harness cuts to the maximum at the end whatever its rounds came to; and the first draw of a request
 // with ignores masks the end set, as its rounds do (min_tokens = 1). s1-readme: drawn tokens including dropped ends, ignore
 // strings not; an end that spends the last token is not ignored.
@@ -95,6 +97,7 @@ DEVICE uint32_t budget_already_said(const Budget& b, const int32_t* pool) {
 
 DEVICE void budget_force_end(Budget& b, const int32_t* pool) {
   const uint32_t said = budget_already_said(b, pool);
+  b.reasoning_tokens -= min_int(said, b.end_match);
   budget_inject(b, b.end_string, said, INJECT_END);
   if (said == 0 && b.newline >= 0 && !b.ends_with_newline) b.inject_first = b.newline;
   b.max_hit = 1;
@@ -145,6 +148,7 @@ DEVICE uint32_t budget_emit(Budget& b, const int32_t* pool, int token, uint8_t t
       b.reasoning_tokens++;
       if (b.accounting != ACCOUNT_S1_README) b.count++;
       b.end_match = budget_advance(pool, b.end, b.end_match, token);
+      if (b.end_match == b.end.length) b.end_match = 0;
       if (done) b.phase = PHASE_THINKING;
     } else {
       flags |= TOKEN_DELIMITER;
@@ -159,7 +163,6 @@ DEVICE uint32_t budget_emit(Budget& b, const int32_t* pool, int token, uint8_t t
     b.end_match = budget_advance(pool, b.end, b.end_match, token);
     if (b.end_match == b.end.length && b.end.length > 0) {
       flags = TOKEN_DELIMITER;
-      b.count -= b.end.length;
       b.reasoning_tokens -= b.end.length - 1;
       budget_inject(b, b.close, b.end.length, INJECT_CLOSE);
       if (b.inject.length == 0) b.phase = PHASE_ANSWERING;
@@ -191,11 +194,13 @@ DEVICE int budget_after(Budget& b, const int32_t* pool, int token, bool is_eos) 
     budget_force_end(b, pool);
     return b.inject_first >= 0 ? b.inject_first : b.inject.length > 0 ? pool[b.inject.offset] : token;
   }
-  bool ignore = b.ignores_used < b.n_ignore || b.count < b.min_thinking;
-  if (b.accounting == ACCOUNT_S1_README) ignore = ignore && b.count + 1 < b.max_thinking;
+  const bool readme = b.accounting == ACCOUNT_S1_README;
+  const int between = readme ? b.count : b.count - (int)b.end_match;
+  bool ignore = b.ignores_used < b.n_ignore || between < b.min_thinking;
+  if (readme) ignore = ignore && b.count + 1 < b.max_thinking;
   if (ignore) {
     b.ignores_used++;
-    if (b.accounting == ACCOUNT_S1_README) b.count++;
+    if (readme) b.count++;
     b.mask_end_once = 1;
     if (b.on_end == ON_END_MASK || b.ignore_count == 0) return BUDGET_REDRAW;
     const PoolString s = b.ignore_strings[b.next_ignore];
@@ -205,6 +210,7 @@ DEVICE int budget_after(Budget& b, const int32_t* pool, int token, bool is_eos) 
     return pool[b.inject.offset];
   }
   if (completes) return token;
+  b.reasoning_tokens -= b.end_match;
   budget_inject(b, b.close, b.end_match, INJECT_CLOSE);
   return pool[b.inject.offset];
 }

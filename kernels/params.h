@@ -347,6 +347,11 @@ KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_decode_d64, AttnDecodeParams)
 KERNEL_PROTOTYPE(attn_decode_d128, AttnDecodeParams)
 KERNEL_PROTOTYPE(sample, SampleParams)
+// The functions of budget.cuh (kernels/simt/budget.cpp), for the test that holds them against a model.
+void simt_budget_before(Budget* b, const int32_t* pool, int32_t step[3]);  // forced, mask_end, mask_eos
+int32_t simt_budget_after(Budget* b, const int32_t* pool, int32_t token, int32_t is_eos);
+uint32_t simt_budget_emit(Budget* b, const int32_t* pool, int32_t token, uint8_t traits);
+int32_t simt_budget_completing(const Budget* b, const int32_t* pool);
 #ifdef __cplusplus
 }
 #endif
