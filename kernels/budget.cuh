@@ -14,9 +14,9 @@
 //  4. The draw. The end set is masked for the one draw after an ignored end; EOS is masked for the one draw after a forced end
 //     (not in the s1 accountings, where the loops they reproduce do not).
 //  5. A drawn token of the end set, while ignores remain or count < min, is dropped and one ignore is used up. With
-//     on_end = replace and an ignore string (round-robin) that is not empty the string is injected, its first token in this very step; else the
-//     draw is repeated with the end set masked, at the same position. Of an end of several tokens the dropped one is the last:
-//     the text keeps the others, because they may have been the beginning of something else.
+//     on_end = replace and an ignore string (round-robin) that is not empty the string is injected, its first token in this
+//     very step; else the draw is repeated with the end set masked, at the same position. Of an end of several tokens the
+//     dropped one is the last: the text keeps the others, because they may have been the beginning of something else.
 //  6. Otherwise it ends the thinking. After a completed end the rest of `close` is injected; EOS is dropped, as s1's harness drops
 //     it, and `close` is injected in its place. Then the answer begins, for good: a later start does not re-arm.
 // Only a drawn token completes an end: one that an ignore string completes is thinking like the rest of it.
