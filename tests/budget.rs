@@ -2,7 +2,9 @@
 //! the whole history and derives everything from it), on millions of random streams; against the loops of s1 that it replaces;
 //! and a test for each bug that other engines had here.
 
+use crate::devices::devices;
 use crate::random::Random;
+use crate::sampler::{Bench, Row, drawn, fast_device};
 use ponder::kernels::budget::Machine;
 use ponder::kernels::params::*;
 use std::collections::VecDeque;
@@ -77,6 +79,12 @@ fn traits(bytes: &[u8]) -> u8 {
 
 impl Spec {
     fn machine(&self) -> Machine {
+        let (state, pool) = self.state();
+        Machine::new(state, pool)
+    }
+
+    /// As the host writes it, and the strings.
+    fn state(&self) -> (Budget, Vec<i32>) {
         let mut pool = Vec::new();
         let mut store = |ids: &[i32]| {
             let offset = pool.len() as u32;
@@ -111,7 +119,17 @@ impl Spec {
         for (i, string) in self.ignore_strings.iter().enumerate() {
             state.ignore_strings[i] = store(string);
         }
-        Machine::new(state, pool)
+        (state, pool)
+    }
+
+    /// A sequence with this budget.
+    fn row(&self, logits: Vec<f32>, seed: u32) -> Row {
+        let mut row = Row::new(logits);
+        (row.state.budget, row.pool) = self.state();
+        (row.state.temperature, row.state.seed_low) = (1.0, seed);
+        (row.state.stop_count, row.state.eos_count) = (self.eos.len() as u32, self.eos.len() as u32);
+        row.state.stop_ids[..self.eos.len()].copy_from_slice(&self.eos);
+        row
     }
 }
 
@@ -350,6 +368,22 @@ impl Model<'_> {
 
 // ---- random streams ----
 
+/// Texts of tokens: whole characters, parts of them, newlines.
+const PIECES: [&[u8]; 12] = [
+    b"a",
+    b"b\n",
+    b"\n",
+    b"\xe2",
+    b"\x80",
+    b"\xa6\xa6",
+    b"\xf0\x9f",
+    b"\x98\x80\x80",
+    b"\xc3",
+    b"x\xf0",
+    b"\xc3\xa9",
+    b"y",
+];
+
 fn string(random: &mut Random, vocab: u32, shortest: u32, longest: u32) -> Vec<i32> {
     let length = shortest + random.below(longest - shortest + 1);
     (0..length).map(|_| random.below(vocab) as i32).collect()
@@ -359,21 +393,7 @@ impl Spec {
     /// Small enough that everything happens soon, and often at once.
     fn random(random: &mut Random) -> Spec {
         let vocab = 5 + random.below(4);
-        let pieces: [&[u8]; 12] = [
-            b"a",
-            b"b\n",
-            b"\n",
-            b"\xe2",
-            b"\x80",
-            b"\xa6\xa6",
-            b"\xf0\x9f",
-            b"\x98\x80\x80",
-            b"\xc3",
-            b"x\xf0",
-            b"\xc3\xa9",
-            b"y",
-        ];
-        let bytes = (0..vocab).map(|_| pieces[random.below(12) as usize].to_vec()).collect();
+        let bytes = (0..vocab).map(|_| PIECES[random.below(12) as usize].to_vec()).collect();
         // Few different ids, so that strings overlap with themselves and each other.
         let few = 2 + random.below(vocab - 1);
         let end = string(random, few, 1, 4);
@@ -439,6 +459,61 @@ fn the_machine_does_what_the_model_does() {
             }
         }
     });
+}
+
+/// Rows with budgets of their own, through the sampler kernel: what the model does with the draws of the reference.
+fn through_the_sampler(device: &ponder::device::Device, random: &mut Random, rows: usize, steps: usize, cluster: u32) {
+    let vocab = 8;
+    let bytes: Vec<Vec<u8>> = (0..vocab).map(|_| PIECES[random.below(12) as usize].to_vec()).collect();
+    let specs: Vec<Spec> = (0..rows).map(|_| Spec { bytes: bytes.clone(), ..Spec::random(random) }).collect();
+    let traits = specs[0].traits();
+    let logits = |random: &mut Random| (0..vocab).map(|_| random.below(64) as f32 / 64.0).collect();
+    let rows: Vec<Row> = specs.iter().map(|spec| spec.row(logits(random), random.next() as u32)).collect();
+    let bench = Bench::new(device, &traits, cluster, &rows.iter().cloned().map(Some).collect::<Vec<_>>());
+    let mut models: Vec<Option<Model>> = specs.iter().map(|spec| Some(Model::new(spec))).collect();
+    for at in 0..steps {
+        for (i, record) in bench.step().iter().enumerate() {
+            let Some(model) = &mut models[i] else {
+                assert_eq!(record.flags, 0, "it has ended");
+                continue;
+            };
+            let mut row = rows[i].clone();
+            row.state.length += at as i32;
+            let expected = model.step(|masked| drawn(&row, &traits, masked));
+            let TokenRecord { token, ignores_used, reasoning_tokens, .. } = *record;
+            let word = Word { token, flags: record.flags & !TOKEN_VALID, reasoning_tokens, ignores_used };
+            assert_eq!(word, expected, "row {i}, step {at}: {:?}", specs[i]);
+            let ends = word.flags & TOKEN_INJECTED == 0 && specs[i].eos.contains(&token);
+            assert_eq!(record.finish, if ends { FINISH_STOP } else { FINISH_NONE });
+            if ends {
+                models[i] = None;
+            }
+        }
+    }
+}
+
+#[test]
+fn the_sampler_does_what_the_model_does() {
+    through_the_sampler(&devices().pop().unwrap(), &mut Random(1), 2, 12, 2);
+    for seed in 0..9 {
+        through_the_sampler(&fast_device(), &mut Random(seed), 16, 28, 1 << (seed % 3));
+    }
+}
+
+#[test]
+fn forced_tokens_report_the_probability_that_the_model_gave_them() {
+    let spec = Spec { max: Some(1), ..Spec::plain() };
+    let logits: Vec<f32> = (0..spec.bytes.len()).map(|id| id as f32 / 4.0).collect();
+    let total: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+    let bench = Bench::new(&fast_device(), &spec.traits(), 1, &[Some(spec.row(logits.clone(), 1))]);
+    let records: Vec<TokenRecord> = (0..5).map(|_| bench.step()[0]).collect();
+    assert_eq!(records[1..4].iter().map(|r| r.token).collect::<Vec<_>>(), spec.end_string);
+    for record in &records[..4] {
+        let truth = f64::from(logits[record.token as usize]) - total.ln();
+        assert!((f64::from(record.logprob) - truth).abs() < 1e-5, "{}, not {truth}", record.logprob);
+    }
+    let truth = f64::from(logits[records[4].token as usize]) - (total - f64::from(logits[EOS as usize]).exp()).ln();
+    assert!((f64::from(records[4].logprob) - truth).abs() < 1e-5, "EOS is masked");
 }
 
 // ---- the bugs of others (each named after what went wrong) ----

@@ -17,18 +17,20 @@ const TOLERANCE: f64 = 2e-4;
 
 /// A sequence in its slot, and its logits.
 #[derive(Clone)]
-struct Row {
-    state: SlotState,
+pub struct Row {
+    pub state: SlotState,
     logits: Vec<f32>,
     bias: Vec<(i32, f32)>,
     allowed: Vec<bool>,
     counts: Vec<u16>,
     prompt: Vec<bool>,
+    /// Strings of its budget.
+    pub pool: Vec<i32>,
 }
 
 impl Row {
     /// Greedy, without limits.
-    fn new(logits: Vec<f32>) -> Row {
+    pub fn new(logits: Vec<f32>) -> Row {
         let vocab = logits.len();
         let budget = Budget { max_thinking: BUDGET_NO_MAX as i32, newline: -1, inject_first: -1, ..Default::default() };
         let state = SlotState {
@@ -50,6 +52,7 @@ impl Row {
             allowed: vec![true; vocab],
             counts: vec![0; vocab],
             prompt: vec![false; vocab],
+            pool: Vec::new(),
         }
     }
 
@@ -127,7 +130,7 @@ impl Row {
 }
 
 /// The sampler with its device memory: row i of the batch is the sequence in slot i + 1, or padding (`None`).
-struct Bench {
+pub struct Bench {
     device: Device,
     launch: Launch,
     slots: Buffer,
@@ -140,7 +143,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(device: &Device, traits: &[u8], cluster: u32, rows: &[Option<Row>]) -> Bench {
+    pub fn new(device: &Device, traits: &[u8], cluster: u32, rows: &[Option<Row>]) -> Bench {
         let vocab = traits.len();
         let words = vocab.div_ceil(32);
         let count = rows.len() + 1;
@@ -151,11 +154,17 @@ impl Bench {
         let mut bias_ids = vec![0i32; count * MAX_LOGIT_BIAS as usize];
         let mut bias_values = vec![0f32; count * MAX_LOGIT_BIAS as usize];
         let mut counts = vec![0u16; count * vocab];
+        let mut pool = vec![0];
         for (i, row) in rows.iter().enumerate() {
             let Some(row) = row else { continue };
             let slot = i + 1;
             row_slot[i] = slot as i32;
-            slots[slot] = SlotState { bias_count: row.bias.len() as u32, ..row.state };
+            let mut budget = row.state.budget;
+            let strings = [&mut budget.start, &mut budget.end, &mut budget.close, &mut budget.end_string];
+            strings.into_iter().chain(&mut budget.ignore_strings).for_each(|s| s.offset += pool.len() as u32);
+            pool.extend_from_slice(&row.pool);
+            let budget = if row.pool.is_empty() { row.state.budget } else { budget };
+            slots[slot] = SlotState { bias_count: row.bias.len() as u32, budget, ..row.state };
             logits[i * vocab..][..vocab].copy_from_slice(&row.logits);
             counts[slot * vocab..][..vocab].copy_from_slice(&row.counts);
             for id in 0..vocab {
@@ -172,7 +181,7 @@ impl Bench {
         let others = vec![
             upload(device, &row_slot),
             upload(device, traits),
-            upload(device, &[0i32; 4]),
+            upload(device, &pool),
             upload(device, &allowed),
             upload(device, &bias_ids),
             upload(device, &bias_values),
@@ -207,7 +216,7 @@ impl Bench {
     }
 
     /// One step, and its records.
-    fn step(&self) -> Vec<TokenRecord> {
+    pub fn step(&self) -> Vec<TokenRecord> {
         let before = self.ring().head;
         self.device.launch(&self.launch).unwrap();
         let ring = self.ring();
@@ -347,6 +356,15 @@ fn kept(logits: &[f64], row: &Row) -> Vec<Candidate> {
     kept
 }
 
+/// The token that is drawn when these may not be.
+pub fn drawn(row: &Row, traits: &[u8], masked: &[i32]) -> i32 {
+    let mut logits = adjusted(row, traits);
+    masked.iter().for_each(|&id| logits[id as usize] = f64::NEG_INFINITY);
+    let kept = kept(&logits, row);
+    let score = |c: &Candidate| gumbel(&row.state, c.id) - c.distance;
+    kept.iter().max_by(|a, b| score(a).total_cmp(&score(b))).unwrap().id as i32
+}
+
 /// Holds a record, and the slot and counts after the step, against what should have come of `row`.
 fn check(row: &Row, traits: &[u8], slot_id: u32, record: &TokenRecord, slot: &SlotState, counts: &[u16], what: &str) {
     let before = &row.state;
@@ -445,7 +463,7 @@ fn traits(vocab: usize, padded: usize) -> Vec<u8> {
 }
 
 /// For volume: the GPU if TEST_DEVICE=cuda, else the host target without its checks.
-fn fast_device() -> Device {
+pub fn fast_device() -> Device {
     if std::env::var("TEST_DEVICE").is_ok_and(|d| d == "cuda") {
         return devices().remove(0);
     }
