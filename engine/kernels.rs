@@ -138,6 +138,7 @@ pub mod planted {
         wrong_stride: PlantedParams, PLANTED_THREADS;
         unfenced_operand: PlantedParams, PLANTED_THREADS;
         release_before_wgmma_wait: PlantedParams, PLANTED_THREADS;
+        everybody_waits: PlantedParams, PLANTED_THREADS;
         load_box: PlantedParams, PLANTED_THREADS;
         store_box: PlantedParams, PLANTED_THREADS;
         matrix_fragments: PlantedParams, PLANTED_THREADS;
@@ -153,6 +154,7 @@ pub mod planted {
         named_barriers: PlantedParams, PLANTED_THREADS;
         collectives: PlantedParams, PLANTED_THREADS;
         grid_barrier: PlantedParams, PLANTED_THREADS;
+        barriers_alone: PlantedParams, PLANTED_THREADS;
     }
 }
 

@@ -183,6 +183,17 @@ fn barriers_out_of_step_are_found() {
 }
 
 #[test]
+fn a_deadlock_says_who_waits_for_what() {
+    let cause = &[
+        "32 threads (first: block (0,0,0), thread 0) wait for the mbarrier at shared byte 520, phase 0: 128 of 128 arrivals",
+        "32 threads (first: block (0,0,0), thread 32) wait for named barrier 3, where 32 of 64 threads are",
+        "20 threads (first: block (0,0,0), thread 64) wait for sync_warp (line ",
+        "44 threads (first: block (0,0,0), thread 84) wait for the cluster barrier",
+    ];
+    with_barriers(&EVERYBODY_WAITS, cause).prove_words(1, same);
+}
+
+#[test]
 fn copies_out_of_order_are_found() {
     let cause = &["reads shared byte|which thread", "bulk_load|which nothing has written yet"];
     with_barriers(&MISSING_MBARRIER_WAIT, cause).prove_words(1, next_thread);
@@ -593,5 +604,26 @@ fn blocks_that_wait_for_each_other_run_together() {
         };
         run(&device, &GRID_BARRIER, [BLOCKS as u32, 1], params);
         assert_eq!(download::<u32>(&device, &out)[..BLOCKS], vec![words.iter().sum::<u32>(); BLOCKS]);
+    }
+}
+
+/// The figures at the head of kernels/simt/machine.cpp. Run with `--ignored --nocapture` on an idle machine.
+#[test]
+#[ignore = "measures, and asserts nothing"]
+fn what_the_machine_itself_costs() {
+    let checked = HostOptions::checked(Order::Ascending, 1);
+    for (what, options) in [("plain", HostOptions::default()), ("checked", checked)] {
+        let device = Device::host(HostOptions { workers: 1, ..options });
+        let best = |blocks, rounds| {
+            let params = PlantedParams { mode: rounds, ..Default::default() };
+            let launch = BARRIERS_ALONE.launch([blocks, 1, 1], params);
+            (0..50).map(|_| device.time(&launch).unwrap()).fold(f64::INFINITY, f64::min) * 1e9
+        };
+        let (launch, blocks, rounds) = (best(1, 0), best(65, 0), best(1, 1001));
+        let switch = (rounds - launch) / (1001 * T) as f64;
+        let block = (blocks - launch) / 64.0;
+        println!(
+            "{what}: {switch:.1} ns a switch, {block:.0} ns a block of {T} threads, {launch:.0} ns a launch of one"
+        );
     }
 }

@@ -263,28 +263,29 @@ static bool unordered(uint64_t cell, uint64_t mine) {
        was_read ? "reads" : "wrote");
 }
 
-// Of the readers of two bytes only the last is remembered; accesses to one byte alone are not followed. A cell is exchanged,
-// so that of two blocks on different cores one sees the other. Gangs beyond the first 2^20 are not followed.
+// Of the readers of two bytes only the last is remembered; accesses to one byte alone are not followed, nor are gangs beyond
+// the first 2^20. Everybody writes down what it does before it looks, so that of two blocks on different cores one sees the
+// other.
 static void check_global_race(Allocation* a, uint64_t at, uint32_t bytes, int kind, const char* who) {
   const Fiber* f = current;
   if (f->block->gang->number >> 20) return;
   const uint64_t mine = (worker->machine->number & 0x7ff) << 53 | (uint64_t)f->block->gang->number << 33 |
                         (uint64_t)f->component << 20 | (uint64_t)(f->own & 0x7ffff) << 1 | (kind == kAtomic);
   GlobalCell* cells = cells_of(a) + (at - a->begin) / 2;
-  for (uint32_t i = 0; i < bytes / 2; i++) {
-    GlobalCell& cell = cells[i];
-    const void* p = (const void*)(at + 2 * i);
-    if (kind == kRead) {
-      if (__atomic_load_n(&cell.reader, __ATOMIC_RELAXED) != mine)
-        __atomic_exchange_n(&cell.reader, mine, __ATOMIC_SEQ_CST);
-      const uint64_t writer = __atomic_load_n(&cell.writer, __ATOMIC_SEQ_CST);
-      if (unordered(writer, mine)) global_race(who, kind, p, writer, false);
-    } else {
-      const uint64_t writer = __atomic_exchange_n(&cell.writer, mine, __ATOMIC_SEQ_CST);
-      if (!(kind == kAtomic && writer & 1) && unordered(writer, mine)) global_race(who, kind, p, writer, false);
-      const uint64_t reader = __atomic_load_n(&cell.reader, __ATOMIC_SEQ_CST);
-      if (unordered(reader, mine)) global_race(who, kind, p, reader, true);
-    }
+  const uint32_t count = bytes / 2;
+  const auto found = [&](uint32_t i, uint64_t cell, bool was_read) {
+    if (unordered(cell, mine)) global_race(who, kind, (const void*)(at + 2 * i), cell, was_read);
+  };
+  if (kind == kRead) {
+    for (uint32_t i = 0; i < count; i++) __atomic_store_n(&cells[i].reader, mine, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    for (uint32_t i = 0; i < count; i++) found(i, __atomic_load_n(&cells[i].writer, __ATOMIC_RELAXED), false);
+    return;
+  }
+  for (uint32_t i = 0; i < count; i++) {
+    const uint64_t writer = __atomic_exchange_n(&cells[i].writer, mine, __ATOMIC_SEQ_CST);
+    if (!(kind == kAtomic && writer & 1)) found(i, writer, false);
+    found(i, __atomic_load_n(&cells[i].reader, __ATOMIC_SEQ_CST), true);
   }
 }
 

@@ -280,3 +280,8 @@ KERNEL(grid_barrier, PlantedParams, PLANTED_THREADS) {
     }
   }
 }
+
+// p.mode times a barrier of the whole block, and nothing else: what the machine itself costs.
+KERNEL(barriers_alone, PlantedParams, PLANTED_THREADS) {
+  for (int i = 0; i < p.mode; i++) sync_threads();
+}

@@ -55,6 +55,7 @@ KERNEL_PROTOTYPE(wrong_swizzle, PlantedParams)
 KERNEL_PROTOTYPE(wrong_stride, PlantedParams)
 KERNEL_PROTOTYPE(unfenced_operand, PlantedParams)
 KERNEL_PROTOTYPE(release_before_wgmma_wait, PlantedParams)
+KERNEL_PROTOTYPE(everybody_waits, PlantedParams)
 KERNEL_PROTOTYPE(load_box, PlantedParams)
 KERNEL_PROTOTYPE(store_box, PlantedParams)
 KERNEL_PROTOTYPE(matrix_fragments, PlantedParams)
@@ -70,6 +71,7 @@ KERNEL_PROTOTYPE(bulk_copy, PlantedParams)
 KERNEL_PROTOTYPE(named_barriers, PlantedParams)
 KERNEL_PROTOTYPE(collectives, PlantedParams)
 KERNEL_PROTOTYPE(grid_barrier, PlantedParams)
+KERNEL_PROTOTYPE(barriers_alone, PlantedParams)
 #ifdef __cplusplus
 }
 #endif

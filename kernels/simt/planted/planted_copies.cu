@@ -105,3 +105,15 @@ KERNEL(missing_cp_async_wait, PlantedParams, PLANTED_THREADS) {
   sync_threads();
   p.out[thread_idx()] = data()[neighbour()];
 }
+
+// Every warp waits for something else that never comes. Without the bug nobody waits: out[t] = in[t].
+KERNEL(everybody_waits, PlantedParams, PLANTED_THREADS) {
+  init_barriers();
+  if (p.planted) {
+    if (warp_id() == 0) mbarrier_wait(&barriers()[1], 0);
+    if (warp_id() == 1) named_barrier_sync(3, 64);
+    if (warp_id() == 2 && lane_id() < 20) sync_warp();
+    if (warp_id() >= 2) cluster_sync();
+  }
+  p.out[thread_idx()] = p.input[thread_idx()];
+}
