@@ -1,4 +1,8 @@
 // Fibers, scheduling, barriers, warp collectives, launches.
+//
+// What the machine itself costs (tests/simt.rs, what_the_machine_itself_costs; 2026-11-23, 2 shared cores, one worker): plain,
+// 18 ns for a fiber to reach a barrier and the next to run, 4.5 us for a block of 128 threads, 17 us for a launch of one
+// block, queue included; with every access checked 0.3 us, 39 us and 50 us.
 #include "machine.h"
 
 #include <pthread.h>
