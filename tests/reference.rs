@@ -45,8 +45,7 @@ pub fn linear(x: &[bf16], w: &[bf16], k: usize, epilogue: Epilogue, extra: &[bf1
 }
 
 fn silu_times(gate: f64, up: f64) -> f64 {
-    let gate = round(gate);
-    round(round(gate / (1.0 + (-gate).exp())) * round(up))
+    round(gate / (1.0 + (-gate).exp()) * up)
 }
 
 /// RMS norm of one row.

@@ -9,6 +9,7 @@ mod devices;
 mod engine;
 mod layout;
 mod loading;
+mod model;
 mod modulo;
 mod norms;
 mod parity;

@@ -20,5 +20,4 @@ uint32_t simt_budget_emit(Budget* b, const int32_t* pool, int32_t token, uint8_t
 }
 
 int32_t simt_budget_completing(const Budget* b, const int32_t* pool) { return budget_completing(*b, pool); }
-
 }
