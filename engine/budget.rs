@@ -114,9 +114,10 @@ impl BudgetRequest {
         };
         let last_start = last_position(prompt, &delimiters.start);
         let last_end = last_position(prompt, &delimiters.end);
-        // Where the end is the beginning of the start (s1), the start's own is no end.
-        let starts_thinking =
-            last_start.is_some_and(|start| last_end.is_none_or(|end| end < start + delimiters.start.len()));
+        // Without a start, thinking begins with the output. Where the end is the beginning of the start (s1), the start's own
+        // is no end.
+        let starts_thinking = delimiters.start.is_empty()
+            || last_start.is_some_and(|start| last_end.is_none_or(|end| end < start + delimiters.start.len()));
         Ok(Some(BudgetParams {
             start: delimiters.start.clone(),
             end: delimiters.end.clone(),

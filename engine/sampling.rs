@@ -103,7 +103,8 @@ impl SamplingRequest {
         let mut stop_ids = self.stop_ids.clone();
         stop_ids.sort_unstable();
         stop_ids.dedup();
-        stop_ids.retain(|id| !eos_ids.contains(id));
+        // EOS stops anyway, unless it is ignored; then asking for it says otherwise.
+        stop_ids.retain(|id| self.ignore_eos || !eos_ids.contains(id));
         if stop_ids.len() + eos_ids.len() > MAX_STOP_IDS {
             return Err(Error::request(
                 "stop_ids",

@@ -199,6 +199,9 @@ impl Delimiters {
             Some(text) => ids("end_string", text, MAX_STRING)?,
             None => close.clone(),
         };
+        if !end_string.windows(end.len()).any(|w| w == end) {
+            return Err(format!("end_string {:?} does not hold the tokens of end {:?}", file.end_string, file.end));
+        }
         let newline = match file.end_string_on_new_line {
             false => None,
             true => match ids("newline", "\n", 1)?.as_slice() {

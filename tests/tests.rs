@@ -16,6 +16,7 @@ mod parity;
 mod products;
 mod random;
 mod reference;
+mod requests;
 #[cfg(feature = "cuda")]
 mod resources;
 mod sampler;
