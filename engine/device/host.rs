@@ -304,6 +304,7 @@ fn run(launch: &Launch, stream: u64, options: HostOptions) -> std::result::Resul
         stream,
         kernel: Some(function),
         params: launch.params.as_ptr().cast(),
+        params_bytes: kernel.params_bytes as u32,
         grid: launch.grid,
         cluster: launch.cluster,
         threads: kernel.threads,

@@ -203,7 +203,7 @@ static const std::vector<Range>& image() {
 static bool is_ours(const void* p) {
   const uint64_t at = (uint64_t)p;
   const uint64_t params = (uint64_t)worker->machine->launch.params;
-  if (at >= params && at < params + 4096) return true;
+  if (at >= params && at < params + worker->machine->launch.params_bytes) return true;
   const uint64_t tls = (uint64_t)&lane;
   if (at + 4096 > tls && at < tls + 4096) return true;
   for (const auto& f : worker->fibers)
@@ -514,7 +514,8 @@ static inline void instrumented(const void* p, uint32_t bytes, int kind) {
   if (!f->lent.empty()) check_lent(f, at, bytes, kind);
   if (at - (uint64_t)f->stack < kStack || at - (uint64_t)f < sizeof(Fiber) || at - (uint64_t)&lane < sizeof lane)
     return;
-  if (kind == kRead && at - (uint64_t)worker->machine->launch.params < 4096) return;
+  const SimtLaunch& launch = worker->machine->launch;
+  if (kind == kRead && at - (uint64_t)launch.params < launch.params_bytes) return;
   access(p, bytes, kind);
 }
 

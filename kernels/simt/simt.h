@@ -29,6 +29,7 @@ typedef struct SimtLaunch {
   uint64_t stream;                     // whose earlier launches it may overlap
   void (*kernel)(const void* params);  // run by every thread
   const void* params;                  // the params struct, aligned as it wants
+  uint32_t params_bytes;
   uint32_t grid[3];
   uint32_t cluster;       // blocks per cluster along x, 1 for none
   uint32_t threads;       // per block
