@@ -395,7 +395,7 @@ impl Executor {
             if turn < spins {
                 std::hint::spin_loop();
             } else {
-                std::thread::sleep(Duration::from_micros(50));
+                std::thread::sleep(Duration::from_micros(if self.device.is_host() { 200 } else { 20 }));
             }
         }
         unreachable!()

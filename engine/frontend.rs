@@ -89,6 +89,9 @@ impl Frontend {
         if stop.iter().any(String::is_empty) {
             return Err(Error::request("stop", "an empty string stands everywhere: leave it out"));
         }
+        if let Some(id) = sampling.allowed_ids.iter().flatten().find(|&&id| self.tokenizer.token_bytes(id).is_empty()) {
+            return Err(Error::request("allowed_ids", format!("{id} is not the id of a token of this model")));
+        }
         let max_generated = max_tokens.map_or(room, |most| most.min(room));
         if sampling.min_tokens > max_generated {
             let problem = format!("{} is more than can be generated, {max_generated}", sampling.min_tokens);

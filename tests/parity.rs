@@ -100,12 +100,11 @@ fn s1_loop(plain: &mut Plain, draws: &[Draw], accounting: Accounting, d: &Delimi
         if live.is_empty() {
             break;
         }
-        // The harness passes min_tokens = 1 in every round, the README from the second on.
-        let may_stop = !harness && round == 0;
         let call = |&i: &usize| Call {
             prompt: [&draws[i].prompt[..], &thinking[i]].concat(),
             stops: &[IM_START, IM_END],
-            may_stop,
+            // Where ends are to be ignored, the harness passes min_tokens = 1 in every round, the README from the second on.
+            may_stop: if harness { draws[i].n_ignore == 0 } else { round == 0 },
         };
         let generated = plain.generate(&live.iter().map(call).collect::<Vec<_>>(), longest);
         let mut next = Vec::new();
@@ -158,7 +157,7 @@ fn s1_loop(plain: &mut Plain, draws: &[Draw], accounting: Accounting, d: &Delimi
 /// Problems at random, some of them half thought through, so that ends of thinking are near.
 fn draw(random: &mut Random, engine: &Engine) -> Vec<Draw> {
     let encode = |text: &str| engine.frontend.tokenizer.encode(text).unwrap();
-    let prompts: Vec<Vec<u32>> = (0..DRAWS / 4)
+    let prompts: Vec<Vec<u32>> = (0..DRAWS / 8)
         .map(|_| {
             let problem: Problem = modulo::problem(random.below(64) as usize);
             let mut prompt = engine.frontend.encode_chat(&[Message::new("user", problem.question())]).unwrap();
@@ -173,7 +172,7 @@ fn draw(random: &mut Random, engine: &Engine) -> Vec<Draw> {
     let strings = ["Wait", "Wait", "Hmm", "Alternatively", "Wait, try 3", ""].map(encode);
     (0..DRAWS)
         .map(|i| {
-            let most = if random.below(4) == 0 { 12 } else { 90 };
+            let most = if random.below(4) == 0 { 12 } else { 60 };
             Draw {
                 prompt: prompts[i % prompts.len()].clone(),
                 max: random.below(most),

@@ -449,6 +449,7 @@ template <typename F>
 static void each_piece(const SimtTensorMap& m, const int* c, uint8_t* shared, const char* what, F f) {
   const uint32_t row_bytes = m.box[0] * m.element_bytes;
   if (row_bytes % 16) fail("%s: rows of the box are %u bytes: a multiple of 16 is needed", what, row_bytes);
+  const int64_t count = 16 / m.element_bytes;
   uint32_t rows = 1;
   for (uint32_t d = 1; d < m.rank; d++) rows *= m.box[d];
   const uint32_t mask = m.swizzle == kSwizzle128 ? 7 : m.swizzle == kSwizzle64 ? 3 : m.swizzle == kSwizzle32 ? 1 : 0;
@@ -465,7 +466,7 @@ static void each_piece(const SimtTensorMap& m, const int* c, uint8_t* shared, co
     for (uint32_t chunk = 0; chunk < row_bytes / 16; chunk++) {
       uint64_t to = (uint64_t)shared + row * row_bytes + chunk * 16;
       to ^= (to >> 7 & mask) << 4;
-      const int64_t first = (int64_t)c[0] + chunk * 16 / m.element_bytes, count = 16 / m.element_bytes;
+      const int64_t first = c[0] + chunk * count;
       int64_t valid = inside && first >= 0 ? (int64_t)m.dims[0] - first : 0;
       valid = valid < 0 ? 0 : valid > count ? count : valid;
       if (first < 0 && first + count > 0) fail("%s: coordinate %d is not a multiple of 16 bytes", what, c[0]);
@@ -497,13 +498,19 @@ void tensor_load(void* dst, const TensorMap* map, Barrier* b, uint32_t blocks, i
     uint8_t* shared = gang->blocks[r]->shared;
     each_piece(m, coordinates, shared + shared_offset(dst), "tma_load",
                [&](uint8_t* to, uint8_t* from, uint32_t valid, ChunkTag tag) {
-                 if (worker->checked && valid) check_global(from, valid, kRead, "tma_load");
-                 if (worker->checked && shared_offset(to) + 16 > worker->machine->launch.shared_bytes)
+                 if (r == (blocks ? (uint32_t)__builtin_ctz(blocks) : current->block->rank)) c->bytes += 16;
+                 if (!worker->checked) {  // lands at once
+                   if (valid < 16) memset(to, 0, 16);
+                   if (valid == 16) memcpy(to, from, 16);
+                   if (valid > 0 && valid < 16) memcpy(to, from, valid);
+                   return;
+                 }
+                 if (valid) check_global(from, valid, kRead, "tma_load");
+                 if (shared_offset(to) + 16 > worker->machine->launch.shared_bytes)
                    fail("tma_load writes shared bytes [%u,%u) of a block that has %u", shared_offset(to),
                         shared_offset(to) + 16, worker->machine->launch.shared_bytes);
                  c->pieces.push_back({to, valid ? from : nullptr, 16, valid});
-                 if (worker->checked) c->tags.push_back(tag);
-                 if (r == (blocks ? (uint32_t)__builtin_ctz(blocks) : current->block->rank)) c->bytes += 16;
+                 c->tags.push_back(tag);
                });
     c->complete_on.push_back((Barrier*)(shared + shared_offset(b)));
   }

@@ -94,12 +94,33 @@ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, int line) {
   mma_collective(&arg, line);
 }
 
+// Four rows of c at a time, in registers: one alone would wait for each of its sums.
+template <int kN>
+__attribute__((always_inline)) static inline void multiply_narrow(float* c, const float* a, const float* b, int m) {
+  typedef float Row __attribute__((vector_size(4 * kN), aligned(4), may_alias));
+  const Row* columns = (const Row*)b;
+  for (int i = 0; i < m; i += 4) {
+    Row* rows = (Row*)(c + i * kN);
+    Row r0 = rows[0], r1 = rows[1], r2 = rows[2], r3 = rows[3];
+    for (int k = 0; k < 16; k++) {
+      const float* x = a + i * 16 + k;
+      r0 += x[0] * columns[k];
+      r1 += x[16] * columns[k];
+      r2 += x[32] * columns[k];
+      r3 += x[48] * columns[k];
+    }
+    rows[0] = r0, rows[1] = r1, rows[2] = r2, rows[3] = r3;
+  }
+}
+
 // c[m][n] += a[m][16] b[16][n], the inner loop of everything here. Products are summed in the order of k.
 #if defined(__x86_64__) && !defined(SIMT_ASAN)
 __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 static void
 multiply(float* __restrict c, const float* __restrict a, const float* __restrict b, int m, int n) {
+  if (n == 8) return multiply_narrow<8>(c, a, b, m);
+  if (n == 16) return multiply_narrow<16>(c, a, b, m);
   for (int i = 0; i < m; i++) {
     float* row = c + i * n;
     for (int k = 0; k < 16; k++) {
