@@ -13,6 +13,8 @@ FOR_THIS_MACHINE := $(if $(DRIVER),,--no-default-features)
 QUESTION := 3*x+4=2 mod 11
 # `make test TESTS=sampler` runs the tests with that in their name.
 TESTS :=
+# Those that run kernels one by one.
+ON_KERNELS := attention norms products sampler simt model
 FUZZ_SECONDS := 60
 
 .PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle setup
@@ -41,8 +43,8 @@ lint: setup
 resources: setup # writes tests/resources.txt anew
 	PONDER_UPDATE_RESOURCES=1 $(CARGO) test --release --test tests -- resources
 
-asan: setup # the tests with the address sanitizer in the kernels and the SIMT machine
-	$(CARGO) test --release --no-default-features --features asan --test tests -- $(TESTS)
+asan: setup # every kernel with the address sanitizer in it and in the SIMT machine
+	$(CARGO) test --release --no-default-features --features asan --test tests -- $(or $(TESTS),$(ON_KERNELS))
 
 fuzz: setup # a minute for each parser of outside input
 	tests/fuzz.sh $(FUZZ_SECONDS)

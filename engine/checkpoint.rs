@@ -135,25 +135,13 @@ impl Checkpoint {
 
     fn map(&mut self, path: &Path) -> Result<()> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let bytes = file.metadata().map_err(|e| Error::io(path, e))?.len();
-        if bytes < 8 {
-            return Err(Error::model(
-                path,
-                format!("{bytes} bytes are too few for a safetensors file: is it truncated?"),
-            ));
+        if file.metadata().map_err(|e| Error::io(path, e))?.len() == 0 {
+            return Err(Error::model(path, "an empty file is not safetensors: is it truncated?"));
         }
         // SAFETY: the map is read only. Whoever truncates the file while we read it ends the process by SIGBUS; that is the
         // price of not copying the weights, as for every engine that maps them.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let header_length = u64::from_le_bytes(map[..8].try_into().unwrap());
-        if header_length > MAX_HEADER || header_length > bytes - 8 {
-            return Err(Error::model(
-                path,
-                format!("the header claims {header_length} bytes in a file of {bytes}: not safetensors, or truncated"),
-            ));
-        }
-        let start = 8 + header_length as usize;
-        let tensors = parse_header(&map[8..start], map.len() - start).map_err(|problem| Error::model(path, problem))?;
+        let (start, tensors) = parse_file(&map).map_err(|problem| Error::model(path, problem))?;
         let shard = self.shards.len();
         for (name, info) in tensors {
             if self.tensors.insert(name.clone(), (shard, info)).is_some() {
@@ -193,6 +181,20 @@ impl Checkpoint {
         let bytes = &self.shards[*shard][start + info.begin..start + info.end];
         Ok(TensorView { dtype, shape: &info.shape, bytes })
     }
+}
+
+/// A safetensors file's tensors, and where its data begins.
+pub fn parse_file(file: &[u8]) -> std::result::Result<(usize, Vec<(String, TensorInfo)>), String> {
+    let bytes = file.len();
+    let Some((length, rest)) = file.split_first_chunk() else {
+        return Err(format!("{bytes} bytes are too few for a safetensors file: is it truncated?"));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER || length > rest.len() as u64 {
+        return Err(format!("the header claims {length} bytes in a file of {bytes}: not safetensors, or truncated"));
+    }
+    let (header, data) = rest.split_at(length as usize);
+    Ok((8 + header.len(), parse_header(header, data.len())?))
 }
 
 /// A header's tensors, every field checked against the `data_bytes` that follow it: known types, sizes that agree, offsets that

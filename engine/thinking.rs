@@ -150,7 +150,7 @@ impl Delimiters {
             }
             ThinkingChoice::Explicit { start, end } => {
                 if end.is_empty() {
-                    return Err(Error::request("thinking-end", "empty: say what ends the thinking"));
+                    return Err(Error::request("thinking_end", "empty: say what ends the thinking"));
                 }
                 let file = ThinkingFile {
                     start: start.clone(),
@@ -180,7 +180,9 @@ impl Delimiters {
         }
     }
 
-    fn encode(file: &ThinkingFile, tokenizer: &Tokenizer) -> std::result::Result<Delimiters, String> {
+    /// # Errors
+    /// Strings without tokens or with too many, and such as do not fit each other; in words.
+    pub fn encode(file: &ThinkingFile, tokenizer: &Tokenizer) -> std::result::Result<Delimiters, String> {
         let ids = |name: &str, text: &str, most: usize| {
             let ids = tokenizer.encode(text).map_err(|e| format!("{name}: {e}"))?;
             match ids.len() {
