@@ -10,11 +10,11 @@ DRIVER := $(wildcard /dev/nvidiactl)
 FOR_THIS_MACHINE := $(if $(DRIVER),,--no-default-features)
 
 # What `make run` asks: the x with 3x + 4 = 2 (mod 11).
-QUESTION := 3*x+4=2 mod 11
+QUESTION := Find x with 3x + 4 = 2 (mod 11).
 # `make test TESTS=sampler` runs the tests with that in their name.
 TESTS :=
-# Those that run kernels one by one.
-ON_KERNELS := attention norms products sampler simt model
+# Those that run every kernel, alone and in a whole model.
+ON_KERNELS := attention norms products sampler simt model::a_checked_run
 FUZZ_SECONDS := 60
 
 .PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle setup

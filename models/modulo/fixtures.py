@@ -1,0 +1,132 @@
+"""Makes fixtures.json and scores.json of a model folder: the truth that the tests hold the engine against.
+
+    python3 models/modulo/fixtures.py models/modulo
+
+By Hugging Face transformers in float32 on the stored bf16 weights, eager attention, on the CPU (some minutes).
+fixtures.json: for each prompt that the file already holds, the last position's logits, 64 greedy tokens (not stopping at the
+end of sequence), and by how much each was better than the next best. scores.json: 64 problems answered by s1's way at several
+budgets, at temperature 0. Needs torch and transformers; not needed to build or test.
+"""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+
+import torch
+import transformers
+
+from train import THINKING, Problem
+
+GREEDY_TOKENS = 64
+PROBLEMS = 64
+SEED = 12345
+# (maximum, ends ignored)
+BUDGETS = [(0, 0), (64, 4), (128, 4), (256, 4), (384, 4), (512, 4), (1024, 0), (1024, 1), (1024, 2), (1024, 3)]
+ANSWER_TOKENS = 16
+
+
+@torch.inference_mode()
+def greedy(model, ids, tokens, stops=(), may_stop_at_once=True):
+    """Greedy tokens after `ids`, up to and including a stop, and their margins."""
+    made, margins, cache, fed = [], [], None, ids
+    while len(made) < tokens:
+        out = model(input_ids=torch.tensor([fed]), past_key_values=cache, use_cache=True)
+        logits, cache = out.logits[0, -1], out.past_key_values
+        if not made and not may_stop_at_once:
+            logits[list(stops)] = -torch.inf
+        best = torch.topk(logits, 2)
+        made.append(best.indices[0].item())
+        margins.append((best.values[0] - best.values[1]).item())
+        fed = made[-1:]
+        if made[-1] in stops:
+            break
+    return made, margins
+
+
+@torch.inference_mode()
+def case(model, tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    made, margins = greedy(model, ids, GREEDY_TOKENS)
+    return {
+        "text": text,
+        "prompt_ids": ids,
+        "last_logits": [round(x, 4) for x in logits.tolist()],
+        "greedy_ids": made,
+        "margin": [round(x, 4) for x in margins],
+    }
+
+
+def answer(model, tokenizer, problem, maximum, ignores):
+    """One problem under a budget: (right, thinking tokens). The maximum holds for all rounds together."""
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    messages = [{"role": "user", "content": problem.question()}]
+    prompt = encode(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    prompt += encode(THINKING["start"])
+    stops = encode("<|im_start|>") + encode("<|im_end|>")
+    thinking, ended = [], False
+    for left in range(ignores, -1, -1):
+        if len(thinking) >= maximum:
+            break
+        made, _ = greedy(model, prompt + thinking, maximum - len(thinking), stops, may_stop_at_once=not thinking)
+        ended = made[-1] in stops
+        thinking += made[:-1] if ended else made
+        if not ended:
+            break
+        if left:
+            thinking += encode(THINKING["ignore_strings"][0])
+            ended = False
+    thinking = thinking[:maximum]
+    if ended:
+        close = THINKING["close"]
+    else:
+        newline = "" if tokenizer.decode(thinking).endswith("\n") else "\n"
+        close = newline + THINKING["end_string"]
+    made, _ = greedy(model, prompt + thinking + encode(close), ANSWER_TOKENS, encode("<|im_end|>"))
+    said = re.search(r"x = (\d+)", tokenizer.decode(made))
+    return bool(said) and int(said[1]) == problem.x, len(thinking)
+
+
+def scores(model, tokenizer):
+    rng = random.Random(SEED)
+    problems = [Problem(rng) for _ in range(PROBLEMS)]
+    rows = []
+    for maximum, ignores in BUDGETS:
+        results = [answer(model, tokenizer, p, maximum, ignores) for p in problems]
+        rows.append(
+            {
+                "max_thinking_tokens": maximum,
+                "n_ignore": ignores,
+                "accuracy": round(sum(right for right, _ in results) / PROBLEMS, 4),
+                "average_thinking_tokens": round(sum(n for _, n in results) / PROBLEMS, 1),
+            }
+        )
+        print(rows[-1], flush=True)
+    return {
+        "problems": PROBLEMS,
+        "ignore_string": THINKING["ignore_strings"][0],
+        "temperature": 0,
+        "seed": SEED,
+        "rows": rows,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model folder")
+    folder = parser.parse_args().model
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    path = folder / "fixtures.json"
+    fixtures = json.loads(path.read_text())
+    fixtures["cases"] = [case(model, tokenizer, c["text"]) for c in fixtures["cases"]]
+    path.write_text(json.dumps(fixtures) + "\n")
+    (folder / "scores.json").write_text(json.dumps(scores(model, tokenizer), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
