@@ -7,7 +7,9 @@
 set -u
 cd "$(dirname "$0")/.."
 export TEST_DEVICE=${TEST_DEVICE:-cuda}
-out=${OUT:-target/gpu-results}
+export OUT=${OUT:-target/gpu-results}
+out=$OUT
+device=$([ "$TEST_DEVICE" = host ] && echo host || echo cuda:0)
 bundle=$PWD/target/gpu-bundle
 mkdir -p "$out"
 [ -x "$bundle/tests" ] || {
@@ -16,7 +18,8 @@ mkdir -p "$out"
 }
 
 # Tests that launch every kernel on shapes small enough for a sanitizer that makes them 100 times slower.
-small=(small)
+small=(attention::decode_of_padding_only attention::decode_at_the_edges attention::rope norms products::gemv_clips
+    products::gemm_adds sampler::greedy sampler::logits_that model::a_checked_run)
 
 summary=$out/summary.txt
 failed=0
@@ -62,12 +65,13 @@ profile() {
 export -f sanitize profile
 
 wanted=("$@")
-# Not the tests of what was compiled, which need the compilers.
-part tests 240 "$bundle/tests" --test-threads 1 --skip cuda:: --skip resources::
+# Not the tests of what was compiled, which need the compilers, nor those of the SIMT machine.
+part tests 240 "$bundle/tests" --test-threads 1 --skip cuda:: --skip resources:: --skip simt::
 for tool in memcheck racecheck synccheck; do
     part $tool 120 bash -c 'sanitize "$@"' _ $tool "$bundle/tests" --test-threads 1 "${small[@]}"
 done
-part bench 180 "$bundle/kernels" --json "$out/kernels.json"
+part bench 60 bash -c 'for run in 1 2 3; do "$@" --json >"$OUT/bench$run.json" || exit 1; done; "$@" --profile' _ \
+    "$bundle/ponder" generate models/modulo "Find x with 7x + 4 = 1 (mod 11)." --n-ignore 1 --device "$device"
 part profile 120 bash -c 'profile "$@"' _ "$bundle/tests" --test-threads 1 "${small[@]}"
 
 echo

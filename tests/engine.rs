@@ -152,12 +152,13 @@ fn any_chunking_is_the_same_prompt() {
     }
 }
 
-/// Generation across many pages, replayed from recorded launches and launched one by one: the same bits.
+/// Generation across pages and through every bucket of rows, as one sequence after the other ends: replayed from recorded
+/// launches and launched one by one, the same bits.
 #[test]
 fn replay_is_eager() {
     let run = |graphs| {
         let mut engine = modulo::engine_with(&ThinkingChoice::Auto, &ExecutorOptions { graphs, ..Default::default() });
-        let requests = [ask(&engine, 2, 90), ask(&engine, 5, 20), ask(&engine, 6, 33)];
+        let requests: Vec<Request> = (0..16).map(|i| ask(&engine, i, 4 + 5 * i as u32)).collect();
         answer_all(&mut engine, &requests)
     };
     for (replayed, eager) in run(true).iter().zip(&run(false)) {

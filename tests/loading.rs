@@ -396,7 +396,7 @@ fn delimiters_that_cannot_be_had() {
         resolve(&ThinkingChoice::Explicit { start: start.into(), end: end.into() }, Path::new(MODEL))
     };
     assert_eq!(tokenizer.decode(&explicit("[think]", "[/think]").unwrap().unwrap().end), "[/think]");
-    refused(explicit("a", ""), &["thinking-end"]);
+    refused(explicit("a", ""), &["thinking_end"]);
     refused(explicit("a", "zqzqzqzqzqzqzqzqzqzq"), &["end", "at most 8"]);
 
     let folder = Folder::new("thinking");
