@@ -318,7 +318,6 @@ fn run(launch: &Launch, stream: u64, options: HostOptions) -> std::result::Resul
         },
         seed: options.seed,
         workers: options.workers,
-        ..Default::default()
     };
     let mut report = [0 as c_char; 2048];
     // SAFETY: `function` takes the params that `launch` holds (kernels.rs pairs them), and the report's size is its own.
