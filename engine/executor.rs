@@ -329,14 +329,15 @@ impl Executor {
         assert!(token.len() <= self.plan.prefill_chunk as usize, "more tokens than a step has rows");
         let tiles = prefill_tiles(&chunk_rows, model::heads(&self.model.config).group());
         let (device, inputs) = (&self.device, &self.inputs);
-        for (buffer, words) in [
+        let words: [(&Buffer, &[i32]); 6] = [
             (&inputs.prompt_token, &token),
             (&inputs.prompt_position, &position),
             (&inputs.prefill_slot, &slot),
-            (&inputs.tile_count, &vec![tiles.len() as i32; 1]),
+            (&inputs.tile_count, &[tiles.len() as i32]),
             (&inputs.last_rows, &last_rows),
             (&inputs.last_slots, &last_slots),
-        ] {
+        ];
+        for (buffer, words) in words {
             device.upload(buffer, 0, bytemuck::cast_slice(words))?;
         }
         device.upload(&inputs.tiles, 0, bytemuck::cast_slice(&tiles))?;
@@ -384,9 +385,11 @@ impl Executor {
         assert!(self.in_flight > 0, "nothing to wait for");
         // On a GPU a token is due in less time than it takes to go to sleep.
         let spins = if self.device.is_host() { 0 } else { 20_000 };
-        for turn in 0.. {
+        let mut turn = 0u64;
+        loop {
+            turn += 1;
             // Before the ring is read: what has finished has also published its tokens.
-            let finished = turn % 64 == 63 && self.device.is_finished()?;
+            let finished = turn.is_multiple_of(64) && self.device.is_finished()?;
             if let Some(events) = self.slots.pop() {
                 self.in_flight -= 1;
                 return Ok(events);
@@ -398,7 +401,6 @@ impl Executor {
                 std::thread::sleep(Duration::from_micros(if self.device.is_host() { 200 } else { 20 }));
             }
         }
-        unreachable!()
     }
 
     /// Logits [rows][vocab] of the last step that made any; waits for everything.

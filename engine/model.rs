@@ -128,11 +128,11 @@ impl Model {
         let mut loader =
             Loader { device, checkpoint, eps: config.rms_norm_eps, done: 0, all: weight_bytes(config), progress };
         let (c, h) = (config, config.hidden_size);
-        let embedding = Arc::new(loader.rows(&[("model.embed_tokens.weight", c.vocab_size)], h)?);
+        let embedding = Arc::new(loader.matrix("model.embed_tokens.weight", c.vocab_size, h)?);
         let layers = (0..c.num_layers).map(|i| loader.layer(c, i)).collect::<Result<_>>()?;
         let head_weight = match c.tie_word_embeddings {
             true => embedding.clone(),
-            false => Arc::new(loader.rows(&[("lm_head.weight", c.vocab_size)], h)?),
+            false => Arc::new(loader.matrix("lm_head.weight", c.vocab_size, h)?),
         };
         let final_norm = loader.norm("model.norm.weight", h)?;
         let head = Linear::new(device, head_weight, None, c.vocab_size, h)?;
@@ -266,9 +266,8 @@ impl Loader<'_> {
         let parts = |kind: &str| {
             [("q_proj", q), ("k_proj", kv), ("v_proj", kv)].map(|(p, n)| (name(&format!("self_attn.{p}.{kind}")), n))
         };
-        let named = |parts: &[(String, usize)]| -> Vec<(String, usize)> { parts.to_vec() };
-        let qkv_weight = self.concatenated(&named(&parts("weight")), &[h])?;
-        let qkv_bias = if c.qkv_bias { Some(self.concatenated(&named(&parts("bias")), &[])?) } else { None };
+        let qkv_weight = self.concatenated(&parts("weight"), &[h])?;
+        let qkv_bias = if c.qkv_bias { Some(self.concatenated(&parts("bias"), &[])?) } else { None };
         let qk_norm = match c.qk_norm {
             true => Some((
                 self.norm(&name("self_attn.q_norm.weight"), c.head_dim)?,
@@ -276,9 +275,9 @@ impl Loader<'_> {
             )),
             false => None,
         };
-        let o = self.rows(&[(&name("self_attn.o_proj.weight"), h)], q)?;
+        let o = self.matrix(&name("self_attn.o_proj.weight"), h, q)?;
         let gate_up = self.interleaved(&name("mlp.gate_proj.weight"), &name("mlp.up_proj.weight"), inner, h)?;
-        let down = self.rows(&[(&name("mlp.down_proj.weight"), h)], inner)?;
+        let down = self.matrix(&name("mlp.down_proj.weight"), h, inner)?;
         let linear = |weight, bias, n, k| Linear::new(self.device, Arc::new(weight), bias, n, k);
         Ok(Layer {
             qkv: linear(qkv_weight, qkv_bias, q + 2 * kv, h)?,
@@ -295,10 +294,8 @@ impl Loader<'_> {
         Ok(Norm { weight: self.concatenated(&[(name.into(), size)], &[])?, eps: self.eps })
     }
 
-    /// Matrices [rows][k] below one another.
-    fn rows(&mut self, parts: &[(&str, usize)], k: usize) -> Result<Buffer> {
-        let parts: Vec<(String, usize)> = parts.iter().map(|&(name, n)| (name.into(), n)).collect();
-        self.concatenated(&parts, &[k])
+    fn matrix(&mut self, name: &str, rows: usize, k: usize) -> Result<Buffer> {
+        self.concatenated(&[(name.into(), rows)], &[k])
     }
 
     /// Tensors [rows][rest..] below one another.
