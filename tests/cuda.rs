@@ -1,10 +1,15 @@
 //! The CUDA target without a GPU: tests/fake/cuda.c stands in for libcuda and writes down every call. Because a process finds
 //! its driver only once, each test runs [`child`] in a process of its own.
 
+use ponder::batch::{Batch, PrefillChunk, Work};
+use ponder::checkpoint::Checkpoint;
+use ponder::config::ModelConfig;
 use ponder::device::{AlignedWords, Device, DeviceChoice, Launch, TensorMapSpec};
+use ponder::executor::{BUCKETS, Executor, ExecutorOptions};
 use ponder::kernels::params::{ROPE_THREADS, RopeParams};
 use ponder::kernels::{ALL, ROPE_APPEND_D64};
-use std::path::PathBuf;
+use ponder::tokenizer::Tokenizer;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -100,8 +105,60 @@ fn child() {
             let map = device.tensor_map(&TensorMapSpec { address: 4096, dims, strides, r#box, swizzle: true }).unwrap();
             assert_eq!(map.opaque, [0x0707_0707_0707_0707; 16]);
         }
+        "model" => {
+            let mut executor = executor(&device);
+            let chunk = PrefillChunk { slot: 1, tokens: vec![300; 20], position: 0, last: true };
+            executor.submit(&Batch { work: Work::Prefill(vec![chunk]), ..Default::default() }).unwrap();
+            for slots in [vec![1], vec![1, 2, 3]] {
+                executor.submit(&Batch { work: Work::Decode(slots), ..Default::default() }).unwrap();
+            }
+            assert_eq!(executor.in_flight(), 3);
+        }
         _ => unreachable!(),
     }
+}
+
+fn executor(device: &Device) -> Executor {
+    let folder = Path::new(crate::modulo::FOLDER);
+    let config = ModelConfig::load(folder).unwrap();
+    let traits = Tokenizer::load(folder, config.vocab_size).unwrap().traits();
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    Executor::new(device, &config, &checkpoint, &traits, &ExecutorOptions::default(), &mut |_, _| {}).unwrap()
+}
+
+/// The launches of a model: decode steps are captured, one graph for each bucket, and only replayed from then on; a prefill is
+/// launched kernel by kernel. Every kernel may start before its predecessor ends.
+#[test]
+fn a_model_is_captured_at_the_start_and_replayed() {
+    let calls = run("model", &[("FAKE_FREE", "1000000000")]).0;
+    let kernels = |calls: &[String]| -> Vec<String> {
+        let launches = calls.iter().filter_map(|c| c.strip_prefix("launch ").filter(|c| *c != "graph"));
+        launches
+            .inspect(|l| assert!(l.contains("attribute 6 = 1"), "{l}"))
+            .map(|l| l.split(' ').next().unwrap().into())
+            .collect()
+    };
+    let mut rest = &calls[..];
+    for bucket in BUCKETS {
+        let begin = rest.iter().position(|c| c.starts_with("begin capture")).unwrap();
+        let end = rest.iter().position(|c| c == "end capture").unwrap();
+        let m = if bucket <= 8 { "m8" } else { "m16" };
+        let mut wanted = vec!["embed".to_string()];
+        for layer in 0..4 {
+            let norm = if layer == 0 { "rms_norm" } else { "add_rms_norm" };
+            let bias = format!("gemv_bias_{m}");
+            let (plain, silu) = (format!("gemv_{m}"), format!("gemv_silu_{m}"));
+            let names = [norm, &bias, "rope_append_d64", "attn_decode_d64", &plain, "add_rms_norm", &silu, &plain];
+            wanted.extend(names.map(String::from));
+        }
+        wanted.extend(["add_rms_norm", &format!("gemv_logits_{m}"), "sample"].map(String::from));
+        assert_eq!(kernels(&rest[begin..end]), wanted, "{bucket} rows");
+        rest = &rest[end + 1..];
+    }
+    let prefill = kernels(rest);
+    let layer = "rms_norm gemm_bias_n128 rope_append_d64 attn_prefill_d64 gemm_residual_n128 rms_norm gemm_silu_n128 gemm_residual_n128";
+    assert_eq!(prefill.join(" "), ["embed", layer, layer, layer, layer, "rms_norm gemv_logits_m8 sample"].join(" "));
+    assert_eq!(rest.iter().filter(|c| *c == "launch graph").count(), 2);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // A libcuda.so for machines without a GPU: it records the calls that engine/device/cuda.rs makes, one line each on standard
 // error, and runs no kernel. Device memory is host memory. What it pretends to be comes from the environment:
-// FAKE_VERSION (13000), FAKE_CAPABILITY (90), FAKE_KERNELS ("name bytes threads name bytes threads ...").
+// FAKE_VERSION (13000), FAKE_CAPABILITY (90), FAKE_FREE (1000 bytes of memory), FAKE_KERNELS ("name bytes threads name bytes threads ...").
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -124,7 +124,9 @@ Result cuGraphLaunch(void* exec, void* stream) { return LOG("launch graph"), SUC
 
 // ---- memory ----
 
-Result cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = 1000, *total = 2000, SUCCESS; }
+Result cuMemGetInfo_v2(size_t* free, size_t* total) {
+  return *free = number("FAKE_FREE", 1000), *total = 2000, SUCCESS;
+}
 Result cuMemAlloc_v2(Address* address, size_t bytes) {
   if (bytes > 1 << 30) return OUT_OF_MEMORY;
   // As badly aligned as the driver may: 256 bytes.
