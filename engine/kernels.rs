@@ -132,6 +132,7 @@ pub mod planted {
         missing_proxy_fence: PlantedParams, PLANTED_THREADS;
         overwritten_store_source: PlantedParams, PLANTED_THREADS;
         missing_cp_async_wait: PlantedParams, PLANTED_THREADS;
+        cp_async_at_exit: PlantedParams, PLANTED_THREADS;
         missing_wgmma_wait: PlantedParams, PLANTED_THREADS;
         overwritten_a_registers: PlantedParams, PLANTED_THREADS;
         wrong_swizzle: PlantedParams, PLANTED_THREADS;

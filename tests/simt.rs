@@ -201,6 +201,7 @@ fn copies_out_of_order_are_found() {
     with_barriers(&MISSING_MBARRIER_WAIT, cause).prove_words(1, next_thread);
     Planted::new(&MISSING_CP_ASYNC_WAIT, &["reads shared byte|which thread", "cp_async|an asynchronous copy"])
         .prove_words(1, next_thread);
+    with_barriers(&CP_ASYNC_AT_EXIT, &["exits with a cp_async in flight"]).prove_words(1, same);
     with_barriers(&EARLY_RELEASE, &["race", "bulk_load", "reads"]).prove_words(4, same);
     with_barriers(&MISSING_PROXY_FENCE, &["bulk_store reads shared byte", "no fence_proxy_async()"])
         .prove_words(1, same);

@@ -106,6 +106,14 @@ KERNEL(missing_cp_async_wait, PlantedParams, PLANTED_THREADS) {
   p.out[thread_idx()] = data()[neighbour()];
 }
 
+// out[t] = in[t], beside a cp.async that nobody waits for, nor reads.
+KERNEL(cp_async_at_exit, PlantedParams, PLANTED_THREADS) {
+  if (thread_idx() < PLANTED_THREADS / 4) cp_async_16(data() + 4 * thread_idx(), p.input);
+  cp_async_commit();
+  p.out[thread_idx()] = p.input[thread_idx()];
+  if (!p.planted) cp_async_wait<0>();
+}
+
 // Every warp waits for something else that never comes. Without the bug nobody waits: out[t] = in[t].
 KERNEL(everybody_waits, PlantedParams, PLANTED_THREADS) {
   init_barriers();
