@@ -7,6 +7,8 @@ use crate::random::Random;
 use half::bf16;
 use ponder::device::host::{HostOptions, Order};
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
+use ponder::kernels::RMS_NORM;
+use ponder::kernels::params::{NORM_SHARED, NormParams};
 use ponder::kernels::planted::abi::*;
 use ponder::kernels::planted::*;
 
@@ -115,6 +117,21 @@ fn races_between_blocks_are_found() {
     planted.prove_words(1, |words| (0..words.len()).map(|i| if i == 0 { 5 } else { 0 }).collect());
     let planted = Planted { blocks: 2, ..Planted::new(&FLAG_WITHOUT_FENCE, race) };
     planted.prove_words(1, |words| words[..T].iter().copied().chain(words[..T].iter().map(|x| x + 1)).collect());
+}
+
+/// Memory that no launch has written is nobody's, in whichever launch: more of them than the checker can tell apart.
+#[test]
+fn what_nobody_wrote_races_with_nobody() {
+    let device = Device::host(hostile()[0]);
+    let (x, weight) = (upload(&device, &[bf16::ONE; 128]), upload(&device, &[bf16::ONE; 64]));
+    let out = upload(&device, &[bf16::ZERO; 128]);
+    let (x, weight, to) = (x.pointer(), weight.pointer(), out.pointer());
+    let params = NormParams { x, weight, out: to, rows: 2, hidden: 64, eps: 0.0, ..Default::default() };
+    let launch = Launch { shared_bytes: NORM_SHARED, ..RMS_NORM.launch([2, 1, 1], params) };
+    for _ in 0..2100 {
+        device.launch(&launch).unwrap();
+    }
+    assert_eq!(download::<bf16>(&device, &out), [bf16::ONE; 128]);
 }
 
 #[test]

@@ -138,8 +138,11 @@ void fence_flags() {
 
 // ---- allocations ----
 
-// Who last wrote and who last read two bytes of global memory in this launch: from the top 11 bits of the launch's number,
-// 20 of the gang's, 13 of the component, 19 of its clock, 1 for an atomic access. 0: nobody.
+// Who last wrote and who last read two bytes of global memory in this launch: from the top 11 bits for the launch, 20 for the
+// gang's number, 13 for the component, 19 for its clock, 1 for an atomic access. 0: nobody.
+constexpr uint64_t kLaunchesPerEpoch = 2047;  // told apart by those 11 bits, of which 0 stands for none
+static uint64_t launch_bits() { return (worker->machine->number % kLaunchesPerEpoch + 1) << 53; }
+
 struct GlobalCell {
   uint64_t writer, reader;
 };
@@ -148,7 +151,7 @@ struct Allocation {
   uint64_t begin, end, stream;
   void* memory;
   GlobalCell* cells = nullptr;  // one for every two bytes, mapped when a checked launch first comes here
-  uint64_t cells_epoch = 0;     // launch numbers are of this multiple of 2^11
+  uint64_t cells_epoch = 0;     // of the launches that the cells tell apart, counted from 1
   std::mutex cells_mutex;
   ~Allocation() {
     if (cells) munmap(cells, cells_bytes());
@@ -223,7 +226,7 @@ static bool may_touch_before_wait(const Fiber* f) {
 }
 
 static GlobalCell* cells_of(Allocation* a) {
-  const uint64_t epoch = (worker->machine->number >> 11) + 1;
+  const uint64_t epoch = worker->machine->number / kLaunchesPerEpoch + 1;
   if (__atomic_load_n(&a->cells_epoch, __ATOMIC_ACQUIRE) == epoch) return a->cells;
   std::lock_guard<std::mutex> lock(a->cells_mutex);
   if (a->cells_epoch == epoch) return a->cells;
@@ -269,8 +272,8 @@ static bool unordered(uint64_t cell, uint64_t mine) {
 static void check_global_race(Allocation* a, uint64_t at, uint32_t bytes, int kind, const char* who) {
   const Fiber* f = current;
   if (f->block->gang->number >> 20) return;
-  const uint64_t mine = (worker->machine->number & 0x7ff) << 53 | (uint64_t)f->block->gang->number << 33 |
-                        (uint64_t)f->component << 20 | (uint64_t)(f->own & 0x7ffff) << 1 | (kind == kAtomic);
+  const uint64_t mine = launch_bits() | (uint64_t)f->block->gang->number << 33 | (uint64_t)f->component << 20 |
+                        (uint64_t)(f->own & 0x7ffff) << 1 | (kind == kAtomic);
   GlobalCell* cells = cells_of(a) + (at - a->begin) / 2;
   const uint32_t count = bytes / 2;
   const auto found = [&](uint32_t i, uint64_t cell, bool was_read) {
