@@ -196,7 +196,7 @@ def main():
     torch.manual_seed(args.seed)
 
     tokenizer = train_tokenizer(rng)
-    tokenizer.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out, save_jinja_files=False)
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -213,6 +213,8 @@ def main():
     )
     model = Qwen2ForCausalLM(config)
     train(model, rng, lambda text: tokenizer.encode(text, add_special_tokens=False), args.minutes)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(args.out)
     (args.out / "thinking.json").write_text(json.dumps(THINKING, indent=2) + "\n")
 
