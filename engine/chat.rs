@@ -4,7 +4,10 @@
 use crate::{Error, Result};
 use minijinja::{Environment, ErrorKind, Value};
 use serde::Serialize;
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 /// One turn.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -96,9 +99,8 @@ impl ChatTemplate {
         );
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned("chat", source)
-            .map_err(|e| Error::model(path, format!("the chat template does not parse: {}", explain(&e))))?;
+        contained(|| environment.add_template_owned("chat", source).map_err(|e| explain(&e)))
+            .map_err(|problem| Error::model(path, format!("the chat template does not parse: {problem}")))?;
         Ok(ChatTemplate { environment, path: path.into(), bos_token, eos_token })
     }
 
@@ -121,7 +123,10 @@ impl ChatTemplate {
         let fail = |problem: String| Error::model(&self.path, format!("the chat template fails: {problem}"));
         let template = self.environment.get_template("chat").expect("added in parse");
         let mut out = Bounded(Vec::new());
-        template.render_captured_to(Value::from_serialize(&context), &mut out).map_err(|e| fail(explain(&e)))?;
+        contained(|| {
+            template.render_captured_to(Value::from_serialize(&context), &mut out).map(drop).map_err(|e| explain(&e))
+        })
+        .map_err(fail)?;
         String::from_utf8(out.0).map_err(|_| fail("it printed something that is not UTF-8".into()))
     }
 }
@@ -141,6 +146,32 @@ impl std::io::Write for Bounded {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
+}
+
+thread_local! {
+    static IN_TEMPLATE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs the template engine on text from outside. minijinja panics on some templates (`{{ missing[::-1][::-1][0] }}`): here that is one
+/// more thing wrong with the template, and the thread's panic message is not printed.
+fn contained<T>(run: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let print = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !IN_TEMPLATE.get() {
+                print(info);
+            }
+        }));
+    });
+    IN_TEMPLATE.set(true);
+    // What `run` borrows is dropped or, the environment, not changed by rendering.
+    let result = panic::catch_unwind(AssertUnwindSafe(run));
+    IN_TEMPLATE.set(false);
+    result.unwrap_or_else(|cause| {
+        let message = cause.downcast_ref::<String>().map(String::as_str).or(cause.downcast_ref::<&str>().copied());
+        Err(format!("the template engine does not survive it: {}", message.unwrap_or("no reason given")))
+    })
 }
 
 /// What is wrong and where, on one line.
