@@ -27,6 +27,7 @@ pub mod slots;
 pub mod telemetry;
 pub mod thinking;
 pub mod tiles;
+pub mod tiling;
 pub mod tokenizer;
 
 pub use error::{Error, Result};

@@ -4,12 +4,10 @@
 use crate::device::{Buffer, Device, Launch, TensorMapSpec};
 use crate::kernels;
 use crate::kernels::params::*;
+use crate::tiling::{self, Product, Tiling};
 use crate::{Error, Result};
 use std::sync::Arc;
 
-/// Columns of the result in a tile of the prefill product.
-const GEMM_TILES: [u64; 2] = [128, 256];
-const GEMM_TILE_ROWS: u64 = 128;
 const GEMV_TILE_ROWS: u64 = 64;
 const GEMV_STEP_K: u64 = 128;
 const BF16: u64 = 2;
@@ -22,8 +20,8 @@ pub struct Linear {
     bias: Option<Buffer>,
     n: u64,
     k: u64,
-    /// For the tiles of `GEMM_TILES`.
-    gemm_maps: [TensorMap; 2],
+    /// For the widths of `tiling`: boxes of half a tile.
+    gemm_maps: [TensorMap; tiling::WIDTHS.len()],
     gemv_map: TensorMap,
 }
 
@@ -107,12 +105,13 @@ impl Workspace {
     }
 }
 
-fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, box_rows: u64) -> Result<TensorMap> {
+/// `boxes`: columns and rows of what TMA moves at once.
+fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, boxes: [u32; 2]) -> Result<TensorMap> {
     device.tensor_map(&TensorMapSpec {
         address: buffer.address(),
         dims: [columns, rows],
         strides: [BF16, columns * BF16],
-        r#box: [64, box_rows as u32],
+        r#box: boxes,
         swizzle: true,
     })
 }
@@ -122,9 +121,12 @@ impl Linear {
     pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Buffer>, n: usize, k: usize) -> Result<Linear> {
         let (n, k) = (n as u64, k as u64);
         assert!(weight.bytes() as u64 >= n * k * BF16 && n.is_multiple_of(16) && k.is_multiple_of(64));
-        let map = |rows| matrix_map(device, &weight, n, k, rows);
-        let gemm_maps = [map(GEMM_TILES[0])?, map(GEMM_TILES[1])?];
-        let gemv_map = map(GEMV_TILE_ROWS)?;
+        let map = |rows| matrix_map(device, &weight, n, k, [64, rows]);
+        let mut gemm_maps = [TensorMap::default(); tiling::WIDTHS.len()];
+        for (map_of_width, width) in gemm_maps.iter_mut().zip(tiling::WIDTHS) {
+            *map_of_width = map(width / 2)?;
+        }
+        let gemv_map = map(GEMV_TILE_ROWS as u32)?;
         Ok(Linear { weight, bias, n, k, gemm_maps, gemv_map })
     }
 
@@ -154,38 +156,80 @@ impl Linear {
 
 /// out [rows][n] = x [rows][k] w^T, for prefill.
 pub fn gemm(device: &Device, x: &Buffer, w: &Linear, rows: u32, epilogue: Epilogue, out: &Buffer) -> Result<Launch> {
-    let processors = device.processors() as u64;
-    let row_tiles = (rows as u64).div_ceil(GEMM_TILE_ROWS);
-    // The wide tile reads shared memory less often; but no processor should go without.
-    let wide = row_tiles * w.n.div_ceil(GEMM_TILES[1]) >= processors;
-    let tiles = row_tiles * w.n.div_ceil(GEMM_TILES[wide as usize]);
+    let product = Product { rows, n: w.n as u32, k: w.k as u32 };
+    // On the host target the blocks of a cluster share a core: they would only wait for each other.
+    let widths = gemm_kernels(epilogue, w.bias.is_some()).iter().map(|&(width, _)| width);
+    let tiling = tiling::choose(product, widths, device.processors(), !device.is_host());
+    gemm_tiled(device, x, w, rows, epilogue, out, tiling)
+}
+
+type OfWidth = (u32, &'static kernels::Kernel<GemmParams>);
+
+/// The kernels of an epilogue, each with the width of its tiles.
+pub fn gemm_kernels(epilogue: Epilogue, bias: bool) -> &'static [OfWidth] {
     use crate::kernels::*;
-    let (narrow_kernel, wide_kernel): (&'static Kernel<_>, &'static Kernel<_>) = match (epilogue, &w.bias) {
-        (Epilogue::Plain, None) => (&GEMM_N128, &GEMM_N256),
-        (Epilogue::Plain, Some(_)) => (&GEMM_BIAS_N128, &GEMM_BIAS_N256),
-        (Epilogue::Residual, _) => (&GEMM_RESIDUAL_N128, &GEMM_RESIDUAL_N256),
-        (Epilogue::Silu, _) => (&GEMM_SILU_N128, &GEMM_SILU_N256),
-        (Epilogue::Logits, _) => unreachable!("prefill makes its logits by gemv"),
-    };
+    static PLAIN: [OfWidth; 5] =
+        [(96, &GEMM_N96), (128, &GEMM_N128), (160, &GEMM_N160), (192, &GEMM_N192), (256, &GEMM_N256)];
+    static BIAS: [OfWidth; 5] = [
+        (96, &GEMM_BIAS_N96),
+        (128, &GEMM_BIAS_N128),
+        (160, &GEMM_BIAS_N160),
+        (192, &GEMM_BIAS_N192),
+        (256, &GEMM_BIAS_N256),
+    ];
+    static RESIDUAL: [OfWidth; 5] = [
+        (96, &GEMM_RESIDUAL_N96),
+        (128, &GEMM_RESIDUAL_N128),
+        (160, &GEMM_RESIDUAL_N160),
+        (192, &GEMM_RESIDUAL_N192),
+        (256, &GEMM_RESIDUAL_N256),
+    ];
+    static SILU: [OfWidth; 3] = [(128, &GEMM_SILU_N128), (192, &GEMM_SILU_N192), (256, &GEMM_SILU_N256)];
+    match epilogue {
+        Epilogue::Plain if bias => &BIAS,
+        Epilogue::Plain => &PLAIN,
+        Epilogue::Residual => &RESIDUAL,
+        Epilogue::Silu => &SILU,
+        Epilogue::Logits => unreachable!("prefill makes its logits by gemv"),
+    }
+}
+
+/// The same with a tiling of one's own.
+pub fn gemm_tiled(
+    device: &Device,
+    x: &Buffer,
+    w: &Linear,
+    rows: u32,
+    epilogue: Epilogue,
+    out: &Buffer,
+    tiling: Tiling,
+) -> Result<Launch> {
+    let of_width = gemm_kernels(epilogue, w.bias.is_some()).iter().find(|(width, _)| *width == tiling.columns);
+    let (_, kernel) = of_width.expect("a kernel for this width");
+    let map = tiling::WIDTHS.iter().position(|&w| w == tiling.columns).expect("every kernel's width is there");
+    let columns = tiling.columns / if epilogue == Epilogue::Silu { 2 } else { 1 };
+    let panel = if columns.is_multiple_of(64) { 64 } else { 32 };
+    let c_map = matrix_map(device, out, rows as u64, w.width(epilogue), [panel, tiling::TILE_ROWS / 2])?;
     let params = GemmParams {
-        a_map: matrix_map(device, x, rows as u64, w.k, GEMM_TILE_ROWS)?,
-        w_map: w.gemm_maps[wide as usize],
-        c_map: matrix_map(device, out, rows as u64, w.width(epilogue), 64)?,
+        a_map: matrix_map(device, x, rows as u64, w.k, [64, tiling::TILE_ROWS])?,
+        w_map: w.gemm_maps[map],
+        c_map,
+        residual_map: c_map,
         bias: w.bias(),
-        residual: out.pointer(),
-        c: out.pointer(),
         rows: rows as i32,
         n: w.n as i32,
         k: w.k as i32,
         ..Default::default()
     };
-    let (kernel, shared_bytes) = if wide { (wide_kernel, GEMM_SHARED_N256) } else { (narrow_kernel, GEMM_SHARED_N128) };
+    let groups = tiling.groups(Product { rows, n: w.n as u32, k: w.k as u32 });
+    let blocks = groups.min(device.processors() / tiling.cluster).max(1) * tiling.cluster;
     Ok(Launch {
-        shared_bytes,
+        cluster: tiling.cluster,
+        shared_bytes: GEMM_SHARED,
         pdl: true,
         bytes: w.traffic(rows as u64, epilogue),
         flops: 2 * rows as u64 * w.n * w.k,
-        ..kernel.launch([tiles.min(processors) as u32, 1, 1], params)
+        ..kernel.launch([blocks, 1, 1], params)
     })
 }
 
@@ -211,7 +255,7 @@ pub fn gemv(
     };
     let params = GemvParams {
         w_map: w.gemv_map,
-        x_map: matrix_map(device, x, rows as u64, w.k, if wide { 16 } else { 8 })?,
+        x_map: matrix_map(device, x, rows as u64, w.k, [64, if wide { 16 } else { 8 }])?,
         bias: w.bias(),
         c: if epilogue == Epilogue::Logits { std::ptr::null_mut() } else { out.pointer() },
         logits: if epilogue == Epilogue::Logits { out.pointer() } else { std::ptr::null_mut() },

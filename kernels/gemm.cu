@@ -1,10 +1,13 @@
 // gemm_*: c [rows][n] = a [rows][k] w [n][k]^T, bf16 with fp32 accumulation and a fused epilogue. The product of prefill.
 //
-// Grid: as many blocks as there are tiles, at most one per SM; each block walks over tiles of 128 rows x 128 or 256
-// columns. Tiles are numbered so that blocks that run together form a near-square of the result and share a and w in L2.
+// Tiles of 128 rows x kTileN columns, kTileN from 96 to 256: the host picks the one whose waves fit the chip best
+// (engine/tiling.rs). Grid: at most one block per SM; each walks over tiles, numbered so that blocks that run together form
+// a near-square of the result and share a and w in L2. Launched in clusters of two, the pair takes two tiles above each other:
+// each block loads one half of their strip of w and multicasts it to both, which saves a third of the traffic from L2 (a
+// tile of 128 x 256 alone wants 48 bytes a clock of it per SM, and there are 38).
 // Block: one producer thread keeps a ring of stages (64 k of a and w) full by TMA, across tiles; two consumer warpgroups
 // own 64 rows of the tile each and run wgmma on one stage while the next is being issued. The result goes through swizzled
-// shared memory, 64 columns at a time in two turns, to an asynchronous TMA store that overlaps the next tile.
+// shared memory to TMA stores that overlap the next tile; the residual comes there by TMA while the tile is multiplied.
 //
 // Why it is fast: loads never wait for arithmetic, wgmma m64n256k16 reads each byte of shared memory once for 128 clocks of
 // tensor work, and registers move from the producer (which needs none) to the accumulators.
@@ -15,140 +18,215 @@ namespace {
 
 constexpr int kTileM = 128;
 constexpr int kTileK = 64;
-constexpr int kPanel = 64;       // columns of c that are stored at a time: 128 bytes, one swizzle atom
 constexpr int kGroupM = 16;      // tiles along m that share a strip of w
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kConsumerWarps = 8;
-constexpr int kPanelBytes = 64 * kPanel * 2;
+constexpr int kConsumers = 2;    // warpgroups
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+constexpr int kConsumerRows = kTileM / kConsumers;
 constexpr int kBytesA = kTileM * kTileK * 2;
+constexpr int kMostStages = 8;
 
-template <int kTileN>
-struct GemmShape {
-  static constexpr int kStages = kTileN == 256 ? 4 : 6;
-  static constexpr int kStageBytes = kBytesA + kTileN * kTileK * 2;
-  static constexpr int kPanels = kStages * kStageBytes;        // offset: [2 warpgroups][2 turns] panels of c
-  static constexpr int kBarriers = kPanels + 4 * kPanelBytes;  // offset: full, then empty, [kStages] each
-  static constexpr int kShared = kBarriers + 2 * kStages * (int)sizeof(Barrier);
+template <int kTileN, Epilogue kEpilogue>
+struct Shape {
+  static constexpr int kWidth = kEpilogue == kSilu ? kTileN / 2 : kTileN;  // columns of c in a tile
+  static constexpr int kPanel = kWidth % 64 == 0 ? 64 : 32;                // columns of a TMA store: one swizzle atom
+  static constexpr int kPanels = kWidth / kPanel;
+  static constexpr int kPanelBytes = kConsumerRows * kPanel * 2;
+  static constexpr int kHalfW = kTileN / 2 * kTileK * 2;  // what one TMA load brings of w
+  static constexpr int kStageBytes = kBytesA + 2 * kHalfW;
+  static constexpr int kBarrierBytes = (2 * kMostStages + kConsumers) * (int)sizeof(Barrier);
+  static constexpr int kResultBytes = kConsumers * kPanels * kPanelBytes;  // [consumer][panel][64 rows][kPanel]
+  static constexpr int kFit = (GEMM_SHARED - kBarrierBytes - kResultBytes) / kStageBytes;
+  static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
+  static constexpr int kResult = kStages * kStageBytes;     // offset
+  static constexpr int kBarriers = kResult + kResultBytes;  // offset: full, empty, residual
+  static_assert(kWidth % kPanel == 0 && kStages >= 3 && kStageBytes % 1024 == 0 && kPanelBytes % 1024 == 0);
 };
-static_assert(GemmShape<128>::kShared == GEMM_SHARED_N128 && GemmShape<256>::kShared == GEMM_SHARED_N256);
+
+struct Barriers {
+  Barrier* full;      // [kStages] a and w have landed
+  Barrier* empty;     // [kStages] the consumers of all blocks that get this stage's w have read it
+  Barrier* residual;  // [kConsumers]
+};
 
 struct Tile {
   int m, n;  // in tiles
 };
 
-// Column by column through groups of kGroupM tiles along m.
-DEVICE Tile tile_at(int index, int tiles_m, int tiles_n) {
-  const int group = index / (kGroupM * tiles_n);
-  const int height = min_int(kGroupM, tiles_m - group * kGroupM);
-  const int inside = index - group * kGroupM * tiles_n;
-  return {group * kGroupM + inside % height, inside / height};
-}
+// The tiles of this block: `index` counts the cluster's, each as many tiles above each other as the cluster has blocks.
+struct Walk {
+  int index, step, count;
+  int height, width;  // of the result, in the cluster's tiles
+  int blocks, rank;   // of the cluster
+};
 
 template <int kTileN>
-DEVICE void produce(const GemmParams& p, uint8_t* shared, Barrier* full, Barrier* empty, int tiles_m, int tiles_n) {
-  using Shape = GemmShape<kTileN>;
+DEVICE Walk walk(const GemmParams& p) {
+  const int blocks = cluster_size();
+  const int height = ceil_div(p.rows, kTileM * blocks), width = ceil_div(p.n, kTileN);
+  return {block_x() / blocks, grid_x() / blocks, height * width, height, width, blocks, (int)cluster_rank()};
+}
+
+// Column by column through groups of kGroupM tiles along m.
+DEVICE Tile tile_at(const Walk& w, int index) {
+  const int tall = kGroupM / w.blocks;
+  const int group = index / (tall * w.width);
+  const int height = min_int(tall, w.height - group * tall);
+  const int inside = index - group * tall * w.width;
+  return {(group * tall + inside % height) * w.blocks + w.rank, inside / height};
+}
+
+template <int kTileN, Epilogue kEpilogue>
+DEVICE void produce(const GemmParams& p, uint8_t* shared, const Barriers& barriers) {
+  using S = Shape<kTileN, kEpilogue>;
+  const Walk w = walk<kTileN>(p);
   int i = 0;  // stages so far
-  for (int index = block_x(); index < tiles_m * tiles_n; index += grid_x()) {
-    const Tile tile = tile_at(index, tiles_m, tiles_n);
+  for (int index = w.index; index < w.count; index += w.step) {
+    const Tile tile = tile_at(w, index);
     for (int k = 0; k < p.k; k += kTileK, i++) {
-      const int stage = i % Shape::kStages;
-      mbarrier_wait(&empty[stage], (i / Shape::kStages & 1) ^ 1);
-      mbarrier_arrive_expect_tx(&full[stage], Shape::kStageBytes);
-      uint8_t* a = shared + stage * Shape::kStageBytes;
-      tma_load(a, &p.a_map, &full[stage], kEvictNormal, k, tile.m * kTileM);
-      tma_load(a + kBytesA, &p.w_map, &full[stage], kEvictNormal, k, tile.n * kTileN);
+      const int stage = i % S::kStages;
+      Barrier* full = &barriers.full[stage];
+      mbarrier_wait_cluster(&barriers.empty[stage], (i / S::kStages & 1) ^ 1);
+      mbarrier_arrive_expect_tx(full, S::kStageBytes);
+      uint8_t* to = shared + stage * S::kStageBytes;
+      tma_load(to, &p.a_map, full, kEvictNormal, k, tile.m * kTileM);
+      to += kBytesA;
+      if (w.blocks == 1) {
+        tma_load(to, &p.w_map, full, kEvictNormal, k, tile.n * kTileN);
+        tma_load(to + S::kHalfW, &p.w_map, full, kEvictNormal, k, tile.n * kTileN + kTileN / 2);
+      } else {
+        tma_load_multicast(to + w.rank * S::kHalfW, &p.w_map, full, 3, k, tile.n * kTileN + w.rank * (kTileN / 2));
+      }
     }
   }
 }
 
 // Issues the product of one stage: 64 rows of a times kTileN rows of w, over 64 k.
 template <int kTileN>
-DEVICE void multiply_stage(float (&acc)[kTileN / 2], const uint8_t* stage, int warpgroup, bool accumulate) {
-  const uint64_t a = wgmma_descriptor(stage + warpgroup * 64 * kTileK * 2, 16, 1024, kSwizzle128);
+DEVICE void multiply_stage(float (&acc)[kTileN / 2], const uint8_t* stage, int consumer, bool accumulate) {
+  const uint64_t a = wgmma_descriptor(stage + consumer * kConsumerRows * kTileK * 2, 16, 1024, kSwizzle128);
   const uint64_t w = wgmma_descriptor(stage + kBytesA, 16, 1024, kSwizzle128);
   wgmma_fence();
   UNROLL for (int k = 0; k < kTileK / 16; k++) wgmma_ss<kTileN>(acc, a + 2 * k, w + 2 * k, accumulate || k > 0);
   wgmma_commit();
 }
 
-// Columns column..column+7 of a row pair as the accumulator's owner holds them: v = {(row, c), (row, c + 1), (row + 8, c),
-// (row + 8, c + 1)} with c = column + 2 (lane % 4), packed for stmatrix.
+// One arrival per warp, at every block of the cluster.
+DEVICE void release(Barrier* empty, int blocks) {
+  if (lane_id() < blocks) mbarrier_release_cluster(empty, lane_id());
+}
+
+// Byte of the 16-byte chunk `chunk` (8 columns) of a row, in a panel as TMA swizzles it.
+template <int kPanel>
+DEVICE int in_panel(int row, int chunk) {
+  const int at = row * kPanel * 2 + chunk * 16;
+  return at ^ (at >> 7 & (kPanel / 8 - 1)) << 4;
+}
+
+// Eight columns of c as the accumulator's owner holds them, packed for stmatrix: v = {(row, c), (row, c + 1), (row + 8, c),
+// (row + 8, c + 1)} with c = 8 j + 2 (lane % 4). `column`: of c; `residual`: (row, c) and (row + 8, c), pairs of bf16.
 template <Epilogue kEpilogue>
-DEVICE void finish(const GemmParams& p, const float* v, int row, int column, uint32_t& low, uint32_t& high) {
+DEVICE void finish(const GemmParams& p, const float* v, int column, const uint32_t (&residual)[2], uint32_t* packed) {
   float x[4] = {v[0], v[1], v[2], v[3]};
   if (kEpilogue == kBias) {
     const uint32_t bias = *(const uint32_t*)(p.bias + column);
     UNROLL for (int i = 0; i < 4; i++) x[i] += i % 2 ? bf16_high(bias) : bf16_low(bias);
   }
   if (kEpilogue == kResidual) {
-    UNROLL for (int i = 0; i < 2; i++) {
-      if (row + 8 * i >= p.rows) continue;
-      const uint32_t residual = *(const uint32_t*)(p.residual + (int64_t)(row + 8 * i) * p.n + column);
-      x[2 * i] = round_bf16(x[2 * i]) + bf16_low(residual);
-      x[2 * i + 1] = round_bf16(x[2 * i + 1]) + bf16_high(residual);
-    }
+    UNROLL for (int i = 0; i < 4; i++) x[i] =
+        round_bf16(x[i]) + (i % 2 ? bf16_high(residual[i / 2]) : bf16_low(residual[i / 2]));
   }
-  low = pack_bf16x2(x[0], x[1]);
-  high = pack_bf16x2(x[2], x[3]);
+  packed[0] = pack_bf16x2(x[0], x[1]);
+  packed[1] = pack_bf16x2(x[2], x[3]);
 }
 
-DEVICE void finish_silu(const float* gate, const float* up, uint32_t& low, uint32_t& high) {
-  low = pack_bf16x2(silu_times(gate[0], up[0]), silu_times(gate[1], up[1]));
-  high = pack_bf16x2(silu_times(gate[2], up[2]), silu_times(gate[3], up[3]));
+DEVICE void finish_silu(const float* gate, const float* up, uint32_t* packed) {
+  packed[0] = pack_bf16x2(silu_times(gate[0], up[0]), silu_times(gate[1], up[1]));
+  packed[1] = pack_bf16x2(silu_times(gate[2], up[2]), silu_times(gate[3], up[3]));
+}
+
+// The warpgroup's 64 rows of the tile, from its accumulators to the first `panels` of `result`, where the residual may be.
+template <int kTileN, Epilogue kEpilogue>
+DEVICE void write_result(const GemmParams& p, uint8_t* result, int panels, const float (&acc)[kTileN / 2],
+                         int first_column) {
+  using S = Shape<kTileN, kEpilogue>;
+  const int lane = lane_id(), first_row = warp_id() % 4 * 16;
+  UNROLL for (int panel = 0; panel < S::kPanels; panel++, result += S::kPanelBytes) {
+    if (panel >= panels) continue;
+    UNROLL for (int chunk = 0; chunk < S::kPanel / 8; chunk += 2) {
+      uint32_t r[4];
+      UNROLL for (int side = 0; side < 2; side++) {
+        const int j = panel * (S::kPanel / 8) + chunk + side;  // of the tile's groups of 8 columns of c
+        uint32_t residual[2] = {0, 0};
+        if (kEpilogue == kResidual) {
+          UNROLL for (int i = 0; i < 2; i++) residual[i] = *(
+              const uint32_t*)(result + in_panel<S::kPanel>(first_row + lane / 4 + 8 * i, chunk + side) + lane % 4 * 4);
+        }
+        if (kEpilogue == kSilu) {
+          finish_silu(&acc[8 * j], &acc[8 * j + 4], &r[2 * side]);
+        } else {
+          finish<kEpilogue>(p, &acc[4 * j], first_column + 8 * j + 2 * (lane % 4), residual, &r[2 * side]);
+        }
+      }
+      if (kEpilogue == kResidual) sync_warp();  // others read what this lane's row is written over
+      // stmatrix: this lane gives the address of row lane % 16 of 8 columns, the left or the right 8 of 16.
+      stmatrix_x4(result + in_panel<S::kPanel>(first_row + lane % 16, chunk + lane / 16), r);
+    }
+  }
 }
 
 template <int kTileN, Epilogue kEpilogue>
-DEVICE void consume(const GemmParams& p, uint8_t* shared, Barrier* full, Barrier* empty, int tiles_m, int tiles_n) {
-  using Shape = GemmShape<kTileN>;
-  constexpr int kWidth = kEpilogue == kSilu ? kTileN / 2 : kTileN;  // columns of c in a tile
-  const int warpgroup = warp_id() / 4 - 1, warp = warp_id() % 4, lane = lane_id();
+DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barriers) {
+  using S = Shape<kTileN, kEpilogue>;
+  const int consumer = warp_id() / 4 - 1;
   const bool storer = thread_idx() % kWarpgroup == 0;
   const int width = kEpilogue == kSilu ? p.n / 2 : p.n;
-  uint8_t* panels = shared + Shape::kPanels + warpgroup * 2 * kPanelBytes;
-  int i = 0;       // stages so far
-  int stores = 0;  // panels so far
-  for (int index = block_x(); index < tiles_m * tiles_n; index += grid_x()) {
-    const Tile tile = tile_at(index, tiles_m, tiles_n);
+  uint8_t* result = shared + S::kResult + consumer * S::kPanels * S::kPanelBytes;
+  Barrier* residual = &barriers.residual[consumer];
+  const Walk w = walk<kTileN>(p);
+  // The residual is asked for a little after the tile's beginning, when the stores of the last tile have left its place.
+  const int ask = min_int(2 * kTileK, p.k - kTileK);
+  uint32_t residual_parity = 0;
+  int i = 0;  // stages so far
+  for (int index = w.index; index < w.count; index += w.step) {
+    const Tile tile = tile_at(w, index);
+    const int row = tile.m * kTileM + consumer * kConsumerRows, column = tile.n * S::kWidth;
+    const int panels = min_int(S::kPanels, ceil_div(width - column, S::kPanel));
     float acc[kTileN / 2];
     for (int k = 0; k < p.k; k += kTileK, i++) {
-      const int stage = i % Shape::kStages;
-      mbarrier_wait(&full[stage], i / Shape::kStages & 1);
-      multiply_stage<kTileN>(acc, shared + stage * Shape::kStageBytes, warpgroup, k > 0);
+      const int stage = i % S::kStages;
+      mbarrier_wait(&barriers.full[stage], i / S::kStages & 1);
+      multiply_stage<kTileN>(acc, shared + stage * S::kStageBytes, consumer, k > 0);
+      if (kEpilogue == kResidual && k == ask && storer) {
+        bulk_wait_read<0>();
+        mbarrier_arrive_expect_tx(residual, panels * S::kPanelBytes);
+        UNROLL for (int panel = 0; panel < S::kPanels; panel++) {
+          if (panel < panels)
+            tma_load(result + panel * S::kPanelBytes, &p.residual_map, residual, kEvictNormal,
+                     column + panel * S::kPanel, row);
+        }
+      }
       wgmma_wait<1>();
-      if (k > 0 && lane == 0) mbarrier_arrive(&empty[(i - 1) % Shape::kStages]);
+      if (k > 0) release(&barriers.empty[(i - 1) % S::kStages], w.blocks);
     }
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(&empty[(i - 1) % Shape::kStages]);
+    release(&barriers.empty[(i - 1) % S::kStages], w.blocks);
 
-    const int row = tile.m * kTileM + warpgroup * 64;
-    // stmatrix: this lane gives the address of row lane % 16 of 8 columns, the left or the right 8 of 16.
-    const int matrix_row = warp * 16 + lane % 16;
-    UNROLL for (int panel = 0; panel < kWidth / kPanel; panel++) {
-      const int column = tile.n * kWidth + panel * kPanel;
-      if (column >= width) continue;
-      uint8_t* out = panels + (stores++ & 1) * kPanelBytes;
-      if (storer) bulk_wait_read<1>();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);
-      UNROLL for (int pair = 0; pair < kPanel / 16; pair++) {
-        uint32_t r[4];
-        UNROLL for (int side = 0; side < 2; side++) {
-          const int j = (panel * kPanel + pair * 16 + side * 8) / 8;  // of the tile's 8-column groups of c
-          if (kEpilogue == kSilu) {
-            finish_silu(&acc[8 * j], &acc[8 * j + 4], r[2 * side], r[2 * side + 1]);
-          } else {
-            finish<kEpilogue>(p, &acc[4 * j], row + warp * 16 + lane / 4, tile.n * kTileN + 8 * j + 2 * (lane % 4),
-                              r[2 * side], r[2 * side + 1]);
-          }
-        }
-        const int chunk = 2 * pair + lane / 16;
-        stmatrix_x4(out + matrix_row * 128 + (chunk ^ matrix_row % 8) * 16, r);
+    if (kEpilogue == kResidual) {
+      mbarrier_wait(residual, residual_parity);
+      residual_parity ^= 1;
+    } else {
+      if (storer) bulk_wait_read<0>();
+      named_barrier_sync(1 + consumer, kWarpgroup);
+    }
+    write_result<kTileN, kEpilogue>(p, result, panels, acc, tile.n * kTileN);
+    fence_proxy_async();
+    named_barrier_sync(1 + consumer, kWarpgroup);
+    if (storer) {
+      UNROLL for (int panel = 0; panel < S::kPanels; panel++) {
+        if (panel < panels) tma_store(&p.c_map, result + panel * S::kPanelBytes, column + panel * S::kPanel, row);
       }
-      fence_proxy_async();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);
-      if (storer) {
-        tma_store(&p.c_map, out, column, row);
-        bulk_commit();
-      }
+      bulk_commit();
     }
   }
   if (storer) bulk_wait<0>();
@@ -156,41 +234,59 @@ DEVICE void consume(const GemmParams& p, uint8_t* shared, Barrier* full, Barrier
 
 template <int kTileN, Epilogue kEpilogue>
 DEVICE void gemm(const GemmParams& p) {
-  using Shape = GemmShape<kTileN>;
+  using S = Shape<kTileN, kEpilogue>;
   pdl_launch_dependents();
   uint8_t* shared = shared_memory();
-  Barrier* full = (Barrier*)(shared + Shape::kBarriers);
-  Barrier* empty = full + Shape::kStages;
+  Barrier* first = (Barrier*)(shared + S::kBarriers);
+  const Barriers barriers = {first, first + S::kStages, first + 2 * S::kStages};
+  const int blocks = cluster_size();
   if (thread_idx() == 0) {
     prefetch_tensor_map(&p.a_map);
     prefetch_tensor_map(&p.w_map);
     prefetch_tensor_map(&p.c_map);
-    for (int s = 0; s < Shape::kStages; s++) {
-      mbarrier_init(&full[s], 1);
-      mbarrier_init(&empty[s], kConsumerWarps);
+    for (int s = 0; s < S::kStages; s++) {
+      mbarrier_init(&barriers.full[s], 1);
+      mbarrier_init(&barriers.empty[s], kConsumerWarps * blocks);
     }
+    for (int c = 0; c < kConsumers; c++) mbarrier_init(&barriers.residual[c], 1);
     mbarrier_init_fence();
   }
-  sync_threads();
+  if (blocks == 1)
+    sync_threads();
+  else
+    cluster_sync();
   pdl_wait();
 
-  const int tiles_m = ceil_div(p.rows, kTileM), tiles_n = ceil_div(p.n, kTileN);
   if (warp_id() < 4) {
     registers_decrease<40>();
-    if (thread_idx() == 0) produce<kTileN>(p, shared, full, empty, tiles_m, tiles_n);
+    if (thread_idx() == 0) produce<kTileN, kEpilogue>(p, shared, barriers);
+    sync_warp();
   } else {
     registers_increase<232>();
-    consume<kTileN, kEpilogue>(p, shared, full, empty, tiles_m, tiles_n);
+    consume<kTileN, kEpilogue>(p, shared, barriers);
+    sync_warp();
   }
+  // The other block may still arrive at the barriers of this one.
+  if (blocks > 1) cluster_sync();
 }
 
 }  // namespace
 
+KERNEL(gemm_n96, GemmParams, GEMM_THREADS) { gemm<96, kPlain>(p); }
 KERNEL(gemm_n128, GemmParams, GEMM_THREADS) { gemm<128, kPlain>(p); }
-KERNEL(gemm_bias_n128, GemmParams, GEMM_THREADS) { gemm<128, kBias>(p); }
-KERNEL(gemm_residual_n128, GemmParams, GEMM_THREADS) { gemm<128, kResidual>(p); }
-KERNEL(gemm_silu_n128, GemmParams, GEMM_THREADS) { gemm<128, kSilu>(p); }
+KERNEL(gemm_n160, GemmParams, GEMM_THREADS) { gemm<160, kPlain>(p); }
+KERNEL(gemm_n192, GemmParams, GEMM_THREADS) { gemm<192, kPlain>(p); }
 KERNEL(gemm_n256, GemmParams, GEMM_THREADS) { gemm<256, kPlain>(p); }
+KERNEL(gemm_bias_n96, GemmParams, GEMM_THREADS) { gemm<96, kBias>(p); }
+KERNEL(gemm_bias_n128, GemmParams, GEMM_THREADS) { gemm<128, kBias>(p); }
+KERNEL(gemm_bias_n160, GemmParams, GEMM_THREADS) { gemm<160, kBias>(p); }
+KERNEL(gemm_bias_n192, GemmParams, GEMM_THREADS) { gemm<192, kBias>(p); }
 KERNEL(gemm_bias_n256, GemmParams, GEMM_THREADS) { gemm<256, kBias>(p); }
+KERNEL(gemm_residual_n96, GemmParams, GEMM_THREADS) { gemm<96, kResidual>(p); }
+KERNEL(gemm_residual_n128, GemmParams, GEMM_THREADS) { gemm<128, kResidual>(p); }
+KERNEL(gemm_residual_n160, GemmParams, GEMM_THREADS) { gemm<160, kResidual>(p); }
+KERNEL(gemm_residual_n192, GemmParams, GEMM_THREADS) { gemm<192, kResidual>(p); }
 KERNEL(gemm_residual_n256, GemmParams, GEMM_THREADS) { gemm<256, kResidual>(p); }
+KERNEL(gemm_silu_n128, GemmParams, GEMM_THREADS) { gemm<128, kSilu>(p); }
+KERNEL(gemm_silu_n192, GemmParams, GEMM_THREADS) { gemm<192, kSilu>(p); }
 KERNEL(gemm_silu_n256, GemmParams, GEMM_THREADS) { gemm<256, kSilu>(p); }

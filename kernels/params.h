@@ -32,8 +32,7 @@ enum {
 
   // Dynamic shared memory, bytes.
   NORM_SHARED = 128,
-  GEMM_SHARED_N128 = 229472,
-  GEMM_SHARED_N256 = 229440,
+  GEMM_SHARED = 232448,  // all there is: as many stages as fit
   GEMV_SHARED_M8 = 92256,
   GEMV_SHARED_M16 = 102496,
   ATTN_PREFILL_SHARED_D64 = 82000,
@@ -232,15 +231,15 @@ typedef struct RopeParams {
   float norm_eps;
 } RopeParams;
 
-// gemm_*: c = a w^T with an epilogue, for prefill (many rows). bf16 in, fp32 accumulation; k a multiple of 64, n of 64.
+// gemm_*_n<tile_n>: c = a w^T with an epilogue, for prefill (many rows). bf16 in, fp32 accumulation; k a multiple of 64, n
+// of 64. In clusters of 1 or 2 blocks. panel: 64 columns of c, or 32 where a tile's columns of c are no multiple of 64.
 // Gate and up projections are interleaved in w by blocks of 8 rows: 8 of gate, then 8 of up.
 typedef struct __attribute__((aligned(64))) GemmParams {
-  TensorMap a_map;           // a [rows][k], box 64 (k) x 128 rows, swizzle 128
-  TensorMap w_map;           // w [n][k], box 64 (k) x tile_n rows, swizzle 128
-  TensorMap c_map;           // c [rows][n] (n / 2 for silu), box 64 columns x 64 rows, swizzle 128
-  const uint16_t* bias;      // [n] (bias)
-  const uint16_t* residual;  // [rows][n] (residual); may be c itself
-  uint16_t* c;               // [rows][n], or [rows][n / 2] for silu
+  TensorMap a_map;         // a [rows][k], box 64 (k) x 128 rows, swizzle 128
+  TensorMap w_map;         // w [n][k], box 64 (k) x tile_n / 2 rows, swizzle 128
+  TensorMap c_map;         // c [rows][n] (n / 2 for silu), box panel x 64 rows, swizzled
+  TensorMap residual_map;  // the same of the residual [rows][n] (residual), which may be c itself
+  const uint16_t* bias;    // [n] (bias)
   int32_t rows, n, k;
 } GemmParams;
 
@@ -326,13 +325,23 @@ KERNEL_PROTOTYPE(rms_norm, NormParams)
 KERNEL_PROTOTYPE(add_rms_norm, NormParams)
 KERNEL_PROTOTYPE(rope_append_d64, RopeParams)
 KERNEL_PROTOTYPE(rope_append_d128, RopeParams)
+KERNEL_PROTOTYPE(gemm_n96, GemmParams)
 KERNEL_PROTOTYPE(gemm_n128, GemmParams)
-KERNEL_PROTOTYPE(gemm_bias_n128, GemmParams)
-KERNEL_PROTOTYPE(gemm_residual_n128, GemmParams)
-KERNEL_PROTOTYPE(gemm_silu_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_n160, GemmParams)
+KERNEL_PROTOTYPE(gemm_n192, GemmParams)
 KERNEL_PROTOTYPE(gemm_n256, GemmParams)
+KERNEL_PROTOTYPE(gemm_bias_n96, GemmParams)
+KERNEL_PROTOTYPE(gemm_bias_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_bias_n160, GemmParams)
+KERNEL_PROTOTYPE(gemm_bias_n192, GemmParams)
 KERNEL_PROTOTYPE(gemm_bias_n256, GemmParams)
+KERNEL_PROTOTYPE(gemm_residual_n96, GemmParams)
+KERNEL_PROTOTYPE(gemm_residual_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_residual_n160, GemmParams)
+KERNEL_PROTOTYPE(gemm_residual_n192, GemmParams)
 KERNEL_PROTOTYPE(gemm_residual_n256, GemmParams)
+KERNEL_PROTOTYPE(gemm_silu_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_silu_n192, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n256, GemmParams)
 KERNEL_PROTOTYPE(gemv_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_bias_m8, GemvParams)

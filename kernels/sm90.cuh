@@ -242,6 +242,15 @@ DEVICE void mbarrier_arrive_cluster(Barrier* b, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
+// The same, ordering nothing but this thread's completed asynchronous reads (wgmma after its wait): without the fence at
+// cluster scope, which costs a trip to L2.
+DEVICE void mbarrier_release_cluster(Barrier* b, uint32_t rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(b)),
+      "r"(rank)
+      : "memory");
+}
 DEVICE bool mbarrier_try_wait(Barrier* b, uint32_t parity) {
   uint32_t done;
   asm volatile(

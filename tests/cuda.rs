@@ -156,7 +156,7 @@ fn a_model_is_captured_at_the_start_and_replayed() {
         rest = &rest[end + 1..];
     }
     let prefill = kernels(rest);
-    let layer = "rms_norm gemm_bias_n128 rope_append_d64 attn_prefill_d64 gemm_residual_n128 rms_norm gemm_silu_n128 gemm_residual_n128";
+    let layer = "rms_norm gemm_bias_n96 rope_append_d64 attn_prefill_d64 gemm_residual_n96 rms_norm gemm_silu_n128 gemm_residual_n96";
     assert_eq!(prefill.join(" "), ["embed", layer, layer, layer, layer, "rms_norm gemv_logits_m8 sample"].join(" "));
     assert_eq!(rest.iter().filter(|c| *c == "launch graph").count(), 2);
 }

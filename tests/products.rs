@@ -9,10 +9,10 @@ use crate::random::Random;
 use crate::reference::{Epilogue, linear};
 use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
-use ponder::kernels::params::{
-    GEMM_SHARED_N128, GEMM_SHARED_N256, GEMV_SHARED_M8, GEMV_SHARED_M16, GemmParams, GemvParams, TensorMap,
-};
+use ponder::kernels::params::{GEMM_SHARED, GEMV_SHARED_M8, GEMV_SHARED_M16, GemmParams, GemvParams, TensorMap};
 use ponder::kernels::{self, Kernel};
+use ponder::ops;
+use ponder::tiling::{self, Product, Tiling};
 
 /// Multiples of 1/8 from -1 to 1.
 fn eighths(random: &mut Random, count: usize) -> Vec<bf16> {
@@ -65,12 +65,12 @@ impl Case {
     }
 }
 
-fn map(device: &Device, buffer: &Buffer, rows: usize, columns: usize, box_rows: usize) -> TensorMap {
+fn map(device: &Device, buffer: &Buffer, rows: usize, columns: usize, boxes: [u32; 2]) -> TensorMap {
     let spec = TensorMapSpec {
         address: buffer.address(),
         dims: [columns as u64, rows as u64],
         strides: [2, columns as u64 * 2],
-        r#box: [64, box_rows as u32],
+        r#box: boxes,
         swizzle: true,
     };
     device.tensor_map(&spec).unwrap()
@@ -91,36 +91,42 @@ fn run_and_replay<T: bytemuck::Pod + PartialEq>(device: &Device, launch: &Launch
     first
 }
 
-fn gemm(device: &Device, case: &Case, tile_n: usize, grid: u32) {
-    let what = format!("{}, tile {tile_n}, grid {grid}", device.describe());
-    let kernel: &'static Kernel<GemmParams> = match (case.epilogue, tile_n) {
-        (Epilogue::Plain, 128) => &kernels::GEMM_N128,
-        (Epilogue::Plain, _) => &kernels::GEMM_N256,
-        (Epilogue::Bias, 128) => &kernels::GEMM_BIAS_N128,
-        (Epilogue::Bias, _) => &kernels::GEMM_BIAS_N256,
-        (Epilogue::Residual, 128) => &kernels::GEMM_RESIDUAL_N128,
-        (Epilogue::Residual, _) => &kernels::GEMM_RESIDUAL_N256,
-        (Epilogue::Silu, 128) => &kernels::GEMM_SILU_N128,
-        (Epilogue::Silu, _) => &kernels::GEMM_SILU_N256,
-        (Epilogue::Logits, _) => unreachable!("prefill makes its logits by gemv"),
+fn gemm_launch(device: &Device, case: &Case, tiling: Tiling, grid: u32, operands: [&Buffer; 4]) -> Launch {
+    let [x, w, extra, c] = operands;
+    let (epilogue, bias) = match case.epilogue {
+        Epilogue::Plain => (ops::Epilogue::Plain, false),
+        Epilogue::Bias => (ops::Epilogue::Plain, true),
+        Epilogue::Residual => (ops::Epilogue::Residual, false),
+        Epilogue::Silu => (ops::Epilogue::Silu, false),
+        Epilogue::Logits => unreachable!("prefill makes its logits by gemv"),
     };
-    let (x, w) = (upload(device, &case.x), upload(device, &case.w));
-    let extra = upload(device, &case.extra);
-    let c = device.alloc(case.rows * case.width() * 2).unwrap();
-    let params = GemmParams {
-        a_map: map(device, &x, case.rows, case.k, 128),
-        w_map: map(device, &w, case.n, case.k, tile_n),
-        c_map: map(device, &c, case.rows, case.width(), 64),
-        bias: extra.pointer(),
-        residual: extra.pointer(),
-        c: c.pointer(),
+    let kernel = ops::gemm_kernels(epilogue, bias).iter().find(|k| k.0 == tiling.columns).unwrap().1;
+    let columns = tiling.columns / if case.epilogue == Epilogue::Silu { 2 } else { 1 };
+    let panel = if columns % 64 == 0 { 64 } else { 32 };
+    let mut params = GemmParams {
+        a_map: map(device, x, case.rows, case.k, [64, 128]),
+        w_map: map(device, w, case.n, case.k, [64, tiling.columns / 2]),
+        c_map: map(device, c, case.rows, case.width(), [panel, 64]),
         rows: case.rows as i32,
         n: case.n as i32,
         k: case.k as i32,
         ..Default::default()
     };
-    let shared_bytes = if tile_n == 128 { GEMM_SHARED_N128 } else { GEMM_SHARED_N256 };
-    let launch = Launch { shared_bytes, pdl: true, ..kernel.launch([grid, 1, 1], params) };
+    match case.epilogue {
+        Epilogue::Bias => params.bias = extra.pointer(),
+        Epilogue::Residual => params.residual_map = map(device, extra, case.rows, case.n, [panel, 64]),
+        _ => {}
+    }
+    let grid = [grid * tiling.cluster, 1, 1];
+    Launch { cluster: tiling.cluster, shared_bytes: GEMM_SHARED, pdl: true, ..kernel.launch(grid, params) }
+}
+
+/// `groups`: clusters in the grid.
+fn gemm(device: &Device, case: &Case, tiling: Tiling, groups: u32) {
+    let what = format!("{}, {tiling:?}, {groups} groups", device.describe());
+    let (x, w, extra) = (upload(device, &case.x), upload(device, &case.w), upload(device, &case.extra));
+    let c = device.alloc(case.rows * case.width() * 2).unwrap();
+    let launch = gemm_launch(device, case, tiling, groups, [&x, &w, &extra, &c]);
     let bits: Vec<bf16> = run_and_replay(device, &launch, &c, &what);
     case.check(&bits.iter().map(|v| v.to_f64()).collect::<Vec<_>>(), &what);
 }
@@ -145,8 +151,8 @@ fn gemv(device: &Device, case: &Case, tokens: usize, grid: u32) {
     let partial = device.alloc(grid as usize * 2 * tokens * 64 * 4).unwrap();
     let ticket = upload(device, &vec![0u32; case.n.div_ceil(64)]);
     let params = GemvParams {
-        w_map: map(device, &w, case.n, case.k, 64),
-        x_map: map(device, &x, case.rows, case.k, tokens),
+        w_map: map(device, &w, case.n, case.k, [64, 64]),
+        x_map: map(device, &x, case.rows, case.k, [64, tokens as u32]),
         bias: bias.pointer(),
         c: c.pointer(),
         logits: c.pointer(),
@@ -171,17 +177,43 @@ fn gemv(device: &Device, case: &Case, tokens: usize, grid: u32) {
 const GEMM_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Residual, Epilogue::Silu];
 const GEMV_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Logits];
 
+/// Widths of tiles that an epilogue has kernels for.
+fn widths(epilogue: Epilogue) -> &'static [u32] {
+    if epilogue == Epilogue::Silu { &[128, 192, 256] } else { &tiling::WIDTHS }
+}
+
 #[test]
-fn gemm_is_right_for_every_epilogue_and_odd_sizes() {
-    let sizes =
-        [(1, 64, 64), (7, 192, 192), (64, 128, 64), (127, 320, 128), (128, 256, 704), (129, 448, 64), (200, 64, 448)];
+fn gemm_is_right_for_every_kernel_and_odd_sizes() {
+    let sizes = [
+        (1, 64, 64),
+        (7, 192, 192),
+        (64, 128, 64),
+        (127, 320, 128),
+        (128, 256, 704),
+        (129, 448, 64),
+        (130, 512, 64),
+        (200, 64, 448),
+        (255, 384, 192),
+        (257, 256, 128),
+        (300, 576, 64),
+    ];
     for device in devices() {
         let mut random = Random(1);
-        for (i, (rows, n, k)) in sizes.into_iter().enumerate() {
-            for (j, epilogue) in GEMM_EPILOGUES.into_iter().enumerate() {
-                let case = Case::new(&mut random, rows, n, k, epilogue);
-                let tile_n = if (i + j) % 2 == 0 { 128 } else { 256 };
-                gemm(&device, &case, tile_n, (rows.div_ceil(128) * n.div_ceil(tile_n)) as u32);
+        let mut next = 0;
+        for epilogue in GEMM_EPILOGUES {
+            for &columns in widths(epilogue) {
+                for cluster in [1, 2] {
+                    let (rows, n, k) = sizes[next % sizes.len()];
+                    next += 1;
+                    let tiling = Tiling { columns, cluster };
+                    let groups = tiling.groups(Product { rows, n, k });
+                    gemm(
+                        &device,
+                        &Case::new(&mut random, rows as usize, n as usize, k as usize, epilogue),
+                        tiling,
+                        groups,
+                    );
+                }
             }
         }
     }
@@ -192,9 +224,14 @@ fn gemm_blocks_walk_over_many_tiles() {
     let device = devices().remove(0);
     let mut random = Random(2);
     for (rows, n, k) in [(300, 576, 192), (1000, 320, 64)] {
-        for (epilogue, tile_n) in [(Epilogue::Residual, 128), (Epilogue::Silu, 128), (Epilogue::Plain, 256)] {
-            let case = Case::new(&mut random, rows, n, k, epilogue);
-            gemm(&device, &case, tile_n, 2);
+        for (epilogue, columns, cluster) in [
+            (Epilogue::Residual, 160, 1),
+            (Epilogue::Residual, 96, 2),
+            (Epilogue::Silu, 192, 2),
+            (Epilogue::Plain, 256, 1),
+            (Epilogue::Bias, 128, 2),
+        ] {
+            gemm(&device, &Case::new(&mut random, rows, n, k, epilogue), Tiling { columns, cluster }, 2);
         }
     }
 }
@@ -204,7 +241,9 @@ fn gemm_blocks_walk_over_many_tiles() {
 fn gemm_numbers_tiles_beyond_one_group() {
     let device = devices().remove(0);
     let case = Case::new(&mut Random(3), 128 * 18 + 5, 192, 64, Epilogue::Plain);
-    gemm(&device, &case, 128, 3);
+    for cluster in [1, 2] {
+        gemm(&device, &case, Tiling { columns: 128, cluster }, 3);
+    }
 }
 
 #[test]
@@ -212,22 +251,49 @@ fn gemm_adds_into_the_residual_in_place() {
     let case = Case::new(&mut Random(4), 150, 320, 128, Epilogue::Residual);
     for device in devices() {
         let (x, w, c) = (upload(&device, &case.x), upload(&device, &case.w), upload(&device, &case.extra));
-        let params = GemmParams {
-            a_map: map(&device, &x, case.rows, case.k, 128),
-            w_map: map(&device, &w, case.n, case.k, 256),
-            c_map: map(&device, &c, case.rows, case.n, 64),
-            residual: c.pointer(),
-            c: c.pointer(),
-            rows: case.rows as i32,
-            n: case.n as i32,
-            k: case.k as i32,
-            ..Default::default()
-        };
-        let launch = kernels::GEMM_RESIDUAL_N256.launch([4, 1, 1], params);
-        device.launch(&Launch { shared_bytes: GEMM_SHARED_N256, ..launch }).unwrap();
+        let launch = gemm_launch(&device, &case, Tiling { columns: 256, cluster: 1 }, 4, [&x, &w, &c, &c]);
+        device.launch(&launch).unwrap();
         let sum: Vec<bf16> = download(&device, &c);
         case.check(&sum.iter().map(|v| v.to_f64()).collect::<Vec<_>>(), &device.describe());
     }
+}
+
+/// On the 132 SMs of an H100.
+fn chosen(rows: u32, n: u32, k: u32) -> Tiling {
+    tiling::choose(Product { rows, n, k }, tiling::WIDTHS.into_iter(), 132, true)
+}
+
+#[test]
+fn tilings_fill_the_waves() {
+    // A large square: wide tiles in pairs, because alone they are bound by L2.
+    let square = chosen(8192, 8192, 8192);
+    assert!(square.columns >= 192 && square.cluster == 2, "{square:?}");
+    // 4 x 20 tiles of 256 columns leave 52 SMs idle; 4 x 32 of 160 only 4.
+    assert_eq!(chosen(512, 5120, 5120).columns, 160);
+    // 2 x 56 tiles of 128 would do as well as 2 x 38 of 192: what counts is that all run at once, and the smallest finish first.
+    let small = chosen(256, 3584, 3584);
+    assert!(small.groups(Product { rows: 256, n: 3584, k: 3584 }) * small.cluster <= 132, "{small:?}: one wave");
+    assert_eq!(chosen(64, 4096, 4096), Tiling { columns: 96, cluster: 1 }, "one row of tiles: no pairs, many tiles");
+}
+
+/// No tiling that there is beats the chosen one in the model, nor is the model blind to a wave.
+#[test]
+fn the_chosen_tiling_has_the_least_clocks() {
+    let mut random = Random(8);
+    for _ in 0..1000 {
+        let [rows, n, k] = [8192, 37888, 18944].map(|most: u32| 64 * (1 + random.below(most / 64)));
+        let product = Product { rows, n, k };
+        let best = chosen(rows, n, k).clocks(product, 132);
+        for columns in tiling::WIDTHS {
+            for cluster in [1, 2] {
+                assert!(best <= Tiling { columns, cluster }.clocks(product, 132) || rows <= 128, "{product:?}");
+            }
+        }
+    }
+    let full = Tiling { columns: 128, cluster: 1 };
+    let wave = |n| full.clocks(Product { rows: 128, n, k: 4096 }, 132);
+    assert_eq!(wave(128 * 132), wave(128));
+    assert!(wave(128 * 133) > 19 * wave(128 * 132) / 10);
 }
 
 #[test]

@@ -308,10 +308,11 @@ impl CudaDevice {
 
     pub fn tensor_map<const RANK: usize>(&self, spec: &TensorMapSpec<RANK>) -> Result<TensorMap> {
         self.enter()?;
-        let swizzle = if spec.swizzle {
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
-        } else {
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
+        let swizzle = match (spec.swizzle, spec.r#box[0]) {
+            (false, _) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+            (true, 64) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            (true, 32) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            (true, _) => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
         };
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         // SAFETY: RANK dimensions, boxes and element strides, RANK - 1 strides in bytes, as the driver reads them; the

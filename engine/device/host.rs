@@ -206,7 +206,13 @@ impl HostDevice {
             base: spec.address,
             rank: RANK as u32,
             element_bytes: 2,
-            swizzle: spec.swizzle as u32,
+            // enum Swizzle of kernels/sm90.cuh.
+            swizzle: match (spec.swizzle, spec.r#box[0]) {
+                (false, _) => 0,
+                (true, 64) => 1,
+                (true, 32) => 2,
+                (true, _) => 3,
+            },
             magic: simt::SIMT_MAP_MAGIC,
             ..Default::default()
         };

@@ -106,7 +106,7 @@ pub struct TensorMapSpec<const RANK: usize> {
     pub strides: [u64; RANK],
     /// Elements.
     pub r#box: [u32; RANK],
-    /// 128-byte swizzle, or none.
+    /// Swizzled by the box's width (128, 64 or 32 bytes), or not at all.
     pub swizzle: bool,
 }
 
@@ -239,8 +239,8 @@ impl Device {
         if !spec.address.is_multiple_of(16) || spec.strides[1..].iter().any(|s| !s.is_multiple_of(16)) {
             return bad("address and strides must be multiples of 16 bytes");
         }
-        if spec.r#box[0] * 2 > 128 && spec.swizzle {
-            return bad("a swizzled box is at most 128 bytes wide");
+        if spec.swizzle && ![128, 64, 32].contains(&(spec.r#box[0] * 2)) {
+            return bad("a swizzled box is 128, 64 or 32 bytes wide");
         }
         on!(self, d => d.tensor_map(spec))
     }

@@ -196,6 +196,7 @@ DEVICE void mbarrier_arrive(Barrier* b) { simt::barrier_arrive(b, 0, true); }
 DEVICE void mbarrier_arrive_expect_tx(Barrier* b, uint32_t bytes) { simt::barrier_arrive(b, bytes, true); }
 DEVICE void mbarrier_expect_tx(Barrier* b, uint32_t bytes) { simt::barrier_arrive(b, bytes, false); }
 DEVICE void mbarrier_arrive_cluster(Barrier* b, uint32_t rank) { simt::barrier_arrive_remote(b, rank); }
+DEVICE void mbarrier_release_cluster(Barrier* b, uint32_t rank) { simt::barrier_arrive_remote(b, rank); }
 DEVICE bool mbarrier_try_wait(Barrier* b, uint32_t parity) { return simt::barrier_test(b, parity); }
 DEVICE void mbarrier_wait(Barrier* b, uint32_t parity) { simt::barrier_wait(b, parity); }
 DEVICE void mbarrier_wait_cluster(Barrier* b, uint32_t parity) { simt::barrier_wait(b, parity); }
