@@ -25,6 +25,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Show what a model needs: memory plan, kernels with their resources, device.
     Inspect(InspectArgs),
+    /// Measure kernels or a whole model.
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Group)]
@@ -77,6 +79,86 @@ pub struct InspectArgs {
 }
 
 #[derive(Debug, Group)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Every kernel alone, at the shapes of real models, against the roofline.
+    Kernels(KernelBenchArgs),
+    /// A batch of requests that start together: time to the first token, time for each further one.
+    Latency(LatencyArgs),
+    /// Many requests at once: tokens per second.
+    Throughput(ThroughputArgs),
+}
+
+#[derive(Debug, Group)]
+pub struct KernelBenchArgs {
+    /// Shapes, or all [default: all but the tiny ones; on the host target the tiny ones].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub shapes: Vec<String>,
+    /// Only lines of the table that contain this text up to the kernel's name.
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Option<String>,
+    /// Time for each line.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.2, value_parser = parse_seconds, allow_negative_numbers = true)]
+    pub seconds: f64,
+    /// Write the results to a file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+}
+
+#[derive(Debug, Group)]
+pub struct LatencyArgs {
+    /// Requests that start together.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+#[derive(Debug, Group)]
+pub struct ThroughputArgs {
+    /// Requests in all.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub requests: u32,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+/// What a model is given to do in a bench. Prompts are random token ids; answers have exactly the length asked for.
+#[derive(Debug, Group)]
+pub struct LoadArgs {
+    /// Length of each prompt.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..1 << 20))]
+    pub input_tokens: u32,
+    /// Length of each answer.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..1 << 20))]
+    pub output_tokens: u32,
+    /// Measured repetitions.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub iterations: u32,
+    /// Repetitions before them that do not count.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub warmup: u32,
+    /// Write the results to a file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|s| (0.0..=3600.0).contains(s));
+    seconds.ok_or_else(|| "write a number of seconds from 0 to 3600".into())
+}
+
+#[derive(Debug, Group)]
 #[command(next_help_heading = "Model and device")]
 pub struct ModelArgs {
     /// Model folder: config.json, safetensors, tokenizer.json.
@@ -85,6 +167,9 @@ pub struct ModelArgs {
     /// host, cuda:N, or auto: a GPU if there is one, else the host target.
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: String,
+    /// Where the weights come from.
+    #[arg(long, value_enum, default_value = "safetensors", value_name = "FORMAT")]
+    pub load_format: LoadFormat,
     /// Longest sequence, prompt and answer together [default: the model's own, or what memory allows].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..))]
     pub max_context: Option<u32>,
@@ -104,6 +189,23 @@ pub struct ModelArgs {
     /// Explicit delimiter that closes it.
     #[arg(long, value_name = "TEXT", requires = "thinking_start", conflicts_with = "thinking")]
     thinking_end: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// The folder's files.
+    Safetensors,
+    /// Random ones made on the device from config.json alone, for benches.
+    Dummy,
+}
+
+impl LoadFormat {
+    pub fn name(self) -> &'static str {
+        match self {
+            LoadFormat::Safetensors => "safetensors",
+            LoadFormat::Dummy => "dummy",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -6,11 +6,11 @@
 
 use crate::Result;
 use crate::batch::{Finish, TokenEvent};
-use crate::checkpoint::Checkpoint;
 use crate::device::Device;
 use crate::executor::{Executor, ExecutorOptions, KernelCost};
 use crate::frontend::{Frontend, Request};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
+use crate::model::Weights;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{FinishReason, Piece, Transcript};
 use std::collections::BTreeMap;
@@ -59,13 +59,13 @@ impl Engine {
     /// Tensors that are missing or of the wrong shape, too little memory, a device that fails.
     pub fn new(
         frontend: Frontend,
-        checkpoint: &Checkpoint,
+        weights: Weights,
         device: &Device,
         options: &ExecutorOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Engine> {
         let executor =
-            Executor::new(device, &frontend.config, checkpoint, &frontend.tokenizer.traits(), options, progress)?;
+            Executor::new(device, &frontend.config, weights, &frontend.tokenizer.traits(), options, progress)?;
         let plan = executor.plan();
         let context = plan.context;
         let limits = Limits {

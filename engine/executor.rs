@@ -2,12 +2,11 @@
 //! one by one; what they made is read from the ring later. Must not know requests, text, or why a batch is what it is.
 
 use crate::batch::{Batch, PrefillChunk, TokenEvent, Work};
-use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::device::{Buffer, Device, Graph, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS};
 use crate::kv_cache::KvCache;
-use crate::model::{self, Activations, Model, PrefillStep};
+use crate::model::{self, Activations, Model, PrefillStep, Weights};
 use crate::ops::{Rows, Tiles};
 use crate::slots::{self, Slots};
 use crate::tiles::{ChunkRows, prefill_tiles};
@@ -188,13 +187,13 @@ impl Executor {
     pub fn new(
         device: &Device,
         config: &ModelConfig,
-        checkpoint: &Checkpoint,
+        weights: Weights,
         traits: &[u8],
         options: &ExecutorOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Executor> {
         let plan = MemoryPlan::new(device, config, options)?;
-        let model = Model::load(device, config, checkpoint, plan.context, progress)?;
+        let model = Model::load(device, config, weights, plan.context, progress)?;
         let (rows, decode_rows) = (plan.prefill_chunk as usize, MAX_DECODE_ROWS as usize);
         let zeroed = |words: usize| -> Result<Buffer> {
             let buffer = device.alloc(words * 4)?;

@@ -33,21 +33,32 @@ pub struct Request {
     pub budget: BudgetRequest,
 }
 
+fn load_config(folder: &Path) -> Result<ModelConfig> {
+    match folder.is_dir() {
+        true => ModelConfig::load(folder),
+        false => Err(Error::model(folder, "no such folder: give one with config.json, safetensors and tokenizer.json")),
+    }
+}
+
 impl Frontend {
     /// # Errors
     /// A folder without a model, or one whose files cannot be used or do not belong together.
     pub fn open(folder: &Path, thinking: &ThinkingChoice) -> Result<Frontend> {
-        if !folder.is_dir() {
-            return Err(Error::model(
-                folder,
-                "no such folder: give one with config.json, safetensors and tokenizer.json",
-            ));
-        }
-        let config = ModelConfig::load(folder)?;
+        let config = load_config(folder)?;
         let tokenizer = Tokenizer::load(folder, config.vocab_size)?;
         let template = ChatTemplate::load(folder)?;
         let delimiters = Delimiters::resolve(thinking, folder, &tokenizer)?;
         Ok(Frontend { folder: folder.into(), config, tokenizer, template, delimiters })
+    }
+
+    /// For benches: of the folder only config.json is read. Prompts are token ids.
+    ///
+    /// # Errors
+    /// No folder, or no usable config.json.
+    pub fn without_text(folder: &Path) -> Result<Frontend> {
+        let config = load_config(folder)?;
+        let tokenizer = Tokenizer::without_text(config.vocab_size);
+        Ok(Frontend { folder: folder.into(), config, tokenizer, template: None, delimiters: None })
     }
 
     /// The prompt that asks for an answer to these messages, thinking opened where the model expects that.

@@ -108,6 +108,7 @@ kernels! {
     gemv_silu_m16: GemvParams, GEMV_THREADS;
     gemv_logits_m16: GemvParams, GEMV_THREADS;
     sample: SampleParams, SAMPLE_THREADS;
+    random_normal: RandomParams, RANDOM_THREADS;
 }
 
 /// The kernels that prove the SIMT machine (kernels/simt/planted): for the tests alone, and for no GPU.

@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod batch;
+pub mod bench;
 pub mod blocks;
 pub mod budget;
 pub mod chat;

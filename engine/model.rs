@@ -5,7 +5,7 @@
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::config::ModelConfig;
 use crate::device::{Buffer, Device, Launch};
-use crate::kernels::params::MAX_DECODE_ROWS;
+use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::kv_cache::KvCache;
 use crate::ops::{self, Epilogue, Heads, Linear, Norm, Rows, Tiles, Workspace};
 use crate::slots::Slots;
@@ -14,6 +14,20 @@ use std::sync::Arc;
 
 /// Gate and up are interleaved by blocks of so many rows, as the silu epilogues want them.
 const INTERLEAVE: usize = 8;
+
+/// Where the weights come from.
+#[derive(Clone, Copy)]
+pub enum Weights<'a> {
+    Checkpoint(&'a Checkpoint),
+    /// Made on the device, for benches: norms of 1, everything else random, the same on every device.
+    Dummy,
+}
+
+impl<'a> From<&'a Checkpoint> for Weights<'a> {
+    fn from(checkpoint: &'a Checkpoint) -> Self {
+        Weights::Checkpoint(checkpoint)
+    }
+}
 
 pub struct Model {
     pub config: ModelConfig,
@@ -112,6 +126,26 @@ pub fn weight_bytes(c: &ModelConfig) -> u64 {
     2 * (c.num_layers * layer + tables + c.hidden_size) as u64
 }
 
+/// Elements of the matrices that every token is multiplied with, the head left out.
+fn layer_elements(c: &ModelConfig) -> u64 {
+    let heads = heads(c);
+    let q = (heads.query * heads.dim) as usize;
+    (c.num_layers * (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size) as u64
+}
+
+/// Bytes that a decode step must read at the least: every weight once, K and V of `keys` tokens.
+pub fn decode_bytes(c: &ModelConfig, keys: u64) -> u64 {
+    let head = (c.vocab_size * c.hidden_size) as u64;
+    2 * (layer_elements(c) + head) + keys * KvCache::page_bytes(c.num_layers, heads(c)) / PAGE_TOKENS as u64
+}
+
+/// Operations that a prompt of so many tokens costs at the least.
+pub fn prefill_flops(c: &ModelConfig, tokens: u64) -> u64 {
+    let pairs = tokens * (tokens + 1) / 2;
+    let attention = 4 * pairs * (c.num_heads * c.head_dim * c.num_layers) as u64;
+    2 * tokens * layer_elements(c) + 2 * (c.vocab_size * c.hidden_size) as u64 + attention
+}
+
 impl Model {
     /// Loads the weights. `positions`: the longest sequence. `progress` hears of bytes done and bytes in all.
     ///
@@ -120,13 +154,13 @@ impl Model {
     pub fn load(
         device: &Device,
         config: &ModelConfig,
-        checkpoint: &Checkpoint,
+        weights: Weights,
         positions: u32,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Model> {
         check_shape(config)?;
-        let mut loader =
-            Loader { device, checkpoint, eps: config.rms_norm_eps, done: 0, all: weight_bytes(config), progress };
+        let (eps, all) = (config.rms_norm_eps, weight_bytes(config));
+        let mut loader = Loader { device, weights, eps, made: 0, done: 0, all, progress };
         let (c, h) = (config, config.hidden_size);
         let embedding = Arc::new(loader.matrix("model.embed_tokens.weight", c.vocab_size, h)?);
         let layers = (0..c.num_layers).map(|i| loader.layer(c, i)).collect::<Result<_>>()?;
@@ -251,8 +285,10 @@ fn cos_sin(positions: usize, head_dim: usize, theta: f64) -> Vec<f32> {
 
 struct Loader<'a> {
     device: &'a Device,
-    checkpoint: &'a Checkpoint,
+    weights: Weights<'a>,
     eps: f32,
+    /// Dummy tensors so far: each has its own seed.
+    made: u64,
     done: u64,
     all: u64,
     progress: &'a mut dyn FnMut(u64, u64),
@@ -291,7 +327,16 @@ impl Loader<'_> {
     }
 
     fn norm(&mut self, name: &str, size: usize) -> Result<Norm> {
-        Ok(Norm { weight: self.concatenated(&[(name.into(), size)], &[])?, eps: self.eps })
+        let weight = match self.weights {
+            Weights::Checkpoint(_) => self.concatenated(&[(name.into(), size)], &[])?,
+            Weights::Dummy => {
+                let buffer = self.device.alloc(size * 2)?;
+                self.device.upload(&buffer, 0, bytemuck::cast_slice(&vec![half::bf16::ONE; size]))?;
+                self.advance(size * 2);
+                buffer
+            }
+        };
+        Ok(Norm { weight, eps: self.eps })
     }
 
     fn matrix(&mut self, name: &str, rows: usize, k: usize) -> Result<Buffer> {
@@ -301,10 +346,13 @@ impl Loader<'_> {
     /// Tensors [rows][rest..] below one another.
     fn concatenated(&mut self, parts: &[(String, usize)], rest: &[usize]) -> Result<Buffer> {
         let row = rest.iter().product::<usize>() * 2;
+        let Weights::Checkpoint(checkpoint) = self.weights else {
+            return self.dummy(parts.iter().map(|(_, n)| n * row).sum());
+        };
         let buffer = self.device.alloc(parts.iter().map(|(_, n)| n * row).sum())?;
         let mut at = 0;
         for (name, n) in parts {
-            let tensor = self.checkpoint.tensor(name, Dtype::Bf16, &[&[*n], rest].concat())?;
+            let tensor = checkpoint.tensor(name, Dtype::Bf16, &[&[*n], rest].concat())?;
             for piece in tensor.bytes.chunks(PIECE) {
                 self.device.upload(&buffer, at, piece)?;
                 at += piece.len();
@@ -316,8 +364,9 @@ impl Loader<'_> {
 
     /// Two matrices [rows][k]: eight rows of the first, then eight of the second.
     fn interleaved(&mut self, first: &str, second: &str, rows: usize, k: usize) -> Result<Buffer> {
-        let first = self.checkpoint.tensor(first, Dtype::Bf16, &[rows, k])?;
-        let second = self.checkpoint.tensor(second, Dtype::Bf16, &[rows, k])?;
+        let Weights::Checkpoint(checkpoint) = self.weights else { return self.dummy(2 * rows * k * 2) };
+        let first = checkpoint.tensor(first, Dtype::Bf16, &[rows, k])?;
+        let second = checkpoint.tensor(second, Dtype::Bf16, &[rows, k])?;
         let buffer = self.device.alloc(2 * rows * k * 2)?;
         let block = INTERLEAVE * k * 2;
         let piece = block * (PIECE / block).max(1);
@@ -332,11 +381,22 @@ impl Loader<'_> {
         Ok(buffer)
     }
 
+    fn dummy(&mut self, bytes: usize) -> Result<Buffer> {
+        let buffer = self.device.alloc(bytes)?;
+        self.device.launch(&ops::random(self.device, &buffer, bytes / 2, self.made, DUMMY_DEVIATION))?;
+        self.made += 1;
+        self.advance(bytes);
+        Ok(buffer)
+    }
+
     fn advance(&mut self, bytes: usize) {
         self.done += bytes as u64;
         (self.progress)(self.done, self.all);
     }
 }
+
+/// Of dummy weights: what models are initialised with, so that activations stay near 1.
+const DUMMY_DEVIATION: f32 = 0.02;
 
 /// Bytes uploaded at a time, so that the progress is seen.
 const PIECE: usize = 16 << 20;

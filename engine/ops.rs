@@ -488,6 +488,22 @@ pub fn sample(params: SampleParams, logits: &Buffer, row_slot: &Buffer, rows: u3
     }
 }
 
+/// out [count] = random bf16 of mean 0; the same seed gives the same bits on every device.
+pub fn random(device: &Device, out: &Buffer, count: usize, seed: u64, deviation: f32) -> Launch {
+    assert!(out.bytes() >= count * BF16 as usize);
+    let params = RandomParams {
+        out: out.pointer(),
+        count: count as u64,
+        seed_low: seed as u32,
+        seed_high: (seed >> 32) as u32,
+        deviation,
+        ..Default::default()
+    };
+    let blocks = (count as u64).div_ceil(8 * RANDOM_THREADS as u64).clamp(1, 8 * device.processors() as u64);
+    let bytes = BF16 * count as u64;
+    Launch { pdl: true, bytes, ..kernels::RANDOM_NORMAL.launch([blocks as u32, 1, 1], params) }
+}
+
 /// # Errors
 /// A vocabulary that the sampler cannot hold.
 pub fn check_vocab(vocab: usize) -> Result<()> {

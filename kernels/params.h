@@ -29,6 +29,7 @@ enum {
   ATTN_PREFILL_THREADS = 384,
   ATTN_DECODE_THREADS = 160,  // four compute warps and one that loads
   SAMPLE_THREADS = 512,
+  RANDOM_THREADS = 256,
 
   // Dynamic shared memory, bytes.
   NORM_SHARED = 128,
@@ -312,6 +313,14 @@ typedef struct SampleParams {
   int32_t rows, vocab;
 } SampleParams;
 
+// random_normal: bf16 from a normal-like distribution, mean 0, for dummy weights and benches.
+typedef struct RandomParams {
+  uint16_t* out;  // [count]
+  uint64_t count;
+  uint32_t seed_low, seed_high;
+  float deviation;
+} RandomParams;
+
 #ifndef __CUDACC__
 // The kernels as the host target compiles them: as they are, and with every memory access checked.
 #define KERNEL_PROTOTYPE(name, Params) \
@@ -356,6 +365,7 @@ KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_decode_d64, AttnDecodeParams)
 KERNEL_PROTOTYPE(attn_decode_d128, AttnDecodeParams)
 KERNEL_PROTOTYPE(sample, SampleParams)
+KERNEL_PROTOTYPE(random_normal, RandomParams)
 // The functions of budget.cuh (kernels/simt/budget.cpp), for the test that holds them against a model.
 void simt_budget_before(Budget* b, const int32_t* pool, int32_t step[3]);  // forced, mask_end, mask_eos
 int32_t simt_budget_after(Budget* b, const int32_t* pool, int32_t token, int32_t is_eos);

@@ -15,7 +15,7 @@ fn binary() -> PathBuf {
     if built.exists() { built } else { std::env::current_exe().unwrap().with_file_name("ponder") }
 }
 
-fn device() -> &'static str {
+pub fn device() -> &'static str {
     match std::env::var("TEST_DEVICE").as_deref() {
         Ok("cuda") => "cuda:0",
         _ => "host",
@@ -23,7 +23,7 @@ fn device() -> &'static str {
 }
 
 /// Runs `ponder` with these arguments and this standard input, on the device under test unless the arguments name one.
-fn ponder(args: &[&str], input: &[u8]) -> Output {
+pub fn ponder(args: &[&str], input: &[u8]) -> Output {
     let mut command = Command::new(binary());
     command.args(args).env_remove("NO_COLOR").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if !args.contains(&"--device") && !args.contains(&"--help") {
@@ -47,7 +47,7 @@ fn generate_json(args: &[&str]) -> Value {
 }
 
 /// Exit code 2, nothing on standard output, and an error that names each of `words`.
-fn refused(args: &[&str], words: &[&str]) {
+pub fn refused(args: &[&str], words: &[&str]) {
     let output = ponder(args, b"");
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");

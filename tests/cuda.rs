@@ -123,7 +123,7 @@ fn executor(device: &Device) -> Executor {
     let config = ModelConfig::load(folder).unwrap();
     let traits = Tokenizer::load(folder, config.vocab_size).unwrap().traits();
     let checkpoint = Checkpoint::open(folder).unwrap();
-    Executor::new(device, &config, &checkpoint, &traits, &ExecutorOptions::default(), &mut |_, _| {}).unwrap()
+    Executor::new(device, &config, (&checkpoint).into(), &traits, &ExecutorOptions::default(), &mut |_, _| {}).unwrap()
 }
 
 /// The launches of a model: decode steps are captured, one graph for each bucket, and only replayed from then on; a prefill is

@@ -12,7 +12,7 @@ const COMPUTE: &[&str] = &["device", "executor", "kernels", "kv_cache", "model",
 /// What both may use, and which uses neither: one step's work, and what the model folder says.
 const SHARED: &[&str] = &["batch", "checkpoint", "config", "error"];
 /// What may use both.
-const MEETING: &[&str] = &["commands", "engine", "lib", "main", "telemetry"];
+const MEETING: &[&str] = &["bench", "commands", "engine", "lib", "main", "telemetry"];
 
 fn files(folder: &str, extensions: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();

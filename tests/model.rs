@@ -56,7 +56,7 @@ impl Runner {
         let checkpoint = Checkpoint::open(folder).unwrap();
         let options = ExecutorOptions { max_context: Some(512), pages: Some(16), graphs, ..Default::default() };
         let traits = tokenizer.traits();
-        let executor = Executor::new(device, &config, &checkpoint, &traits, &options, &mut |_, _| {}).unwrap();
+        let executor = Executor::new(device, &config, (&checkpoint).into(), &traits, &options, &mut |_, _| {}).unwrap();
         let request = SamplingRequest { temperature: Some(0.0), ignore_eos: true, ..Default::default() };
         let greedy = request.validate(&config.defaults, config.vocab_size, &config.eos_token_ids).unwrap();
         Runner { executor, config, greedy, room: 0 }

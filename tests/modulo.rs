@@ -28,7 +28,7 @@ pub fn engine(thinking: &ThinkingChoice) -> Engine {
 pub fn engine_with(thinking: &ThinkingChoice, options: &ExecutorOptions) -> Engine {
     let frontend = Frontend::open(Path::new(FOLDER), thinking).unwrap();
     let checkpoint = Checkpoint::open(Path::new(FOLDER)).unwrap();
-    Engine::new(frontend, &checkpoint, &device(), options, &mut |_, _| {}).unwrap()
+    Engine::new(frontend, (&checkpoint).into(), &device(), options, &mut |_, _| {}).unwrap()
 }
 
 /// Serves these requests together; their answers in order.

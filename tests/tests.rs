@@ -1,6 +1,7 @@
 //! One integration binary; a module per subject.
 
 mod attention;
+mod bench;
 mod budget;
 mod cli;
 #[cfg(feature = "cuda")]

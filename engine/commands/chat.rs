@@ -28,7 +28,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     // What is wrong with the flags is said now, not after the first question.
     request.prompt = frontend.encode_chat(&[Message::new("user", "?")])?;
     frontend.accept(&request, 0, frontend.config.max_position_embeddings as u32)?;
-    let mut engine = super::load(frontend, &checkpoint, &device, &super::options(&args.model))?;
+    let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
     let mut editor = DefaultEditor::new().map_err(terminal)?;
     // After the editor, which installs a handler of its own.
     let interrupted = Arc::new(AtomicBool::new(false));

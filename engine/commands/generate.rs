@@ -21,7 +21,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     frontend.accept(&request, 0, frontend.config.max_position_embeddings as u32)?;
 
     let options = ExecutorOptions { profile: args.profile, ..super::options(&args.model) };
-    let mut engine = super::load(frontend, &checkpoint, &device, &options)?;
+    let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;
     let mut meter = Meter::start(super::telemetry(&args.model, &device));
     let mut printer = Printer::new();
     engine.submit(&request)?;

@@ -13,9 +13,9 @@ use crate::thinking::Delimiters;
 const RESOURCES: &str = include_str!("../../tests/resources.txt");
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let (frontend, checkpoint, device) = super::open(&args.model)?;
+    let (frontend, _, device) = super::open(&args.model)?;
     let plan = MemoryPlan::new(&device, &frontend.config, &super::options(&args.model))?;
-    let mut text = model(&frontend, checkpoint.bytes());
+    let mut text = model(&frontend, plan.weights);
     text += &format!("\ndevice        {}\n", device.describe());
     if let Some(telemetry) = super::telemetry(&args.model, &device) {
         text += &format!("              {}\n", telemetry.describe());

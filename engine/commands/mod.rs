@@ -1,5 +1,6 @@
 //! The commands of the `ponder` binary: each reads its flags, drives an engine and prints.
 
+mod bench;
 mod chat;
 mod generate;
 mod inspect;
@@ -7,12 +8,13 @@ mod output;
 mod profile;
 
 use crate::Result;
-use crate::args::{Args, Command, ModelArgs};
+use crate::args::{Args, Command, LoadFormat, ModelArgs};
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceChoice};
 use crate::engine::Engine;
 use crate::executor::ExecutorOptions;
 use crate::frontend::Frontend;
+use crate::model::Weights;
 use crate::telemetry::Telemetry;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -21,23 +23,37 @@ pub fn run(args: Args) -> Result<()> {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
     }
 }
 
 /// Everything but the weights: what is wrong with flags, model folder or device is said before they load.
-fn open(args: &ModelArgs) -> Result<(Frontend, Checkpoint, Device)> {
+fn open(args: &ModelArgs) -> Result<(Frontend, Option<Checkpoint>, Device)> {
     let choice = args.device.parse()?;
     let frontend = Frontend::open(&args.path, &args.thinking())?;
-    let checkpoint = Checkpoint::open(&args.path)?;
-    Ok((frontend, checkpoint, Device::open(choice)?))
+    Ok((frontend, checkpoint(args)?, Device::open(choice)?))
+}
+
+/// None for dummy weights.
+fn checkpoint(args: &ModelArgs) -> Result<Option<Checkpoint>> {
+    match args.load_format {
+        LoadFormat::Safetensors => Checkpoint::open(&args.path).map(Some),
+        LoadFormat::Dummy => Ok(None),
+    }
 }
 
 /// Loads the weights, with a progress bar if somebody is watching.
-fn load(frontend: Frontend, checkpoint: &Checkpoint, device: &Device, options: &ExecutorOptions) -> Result<Engine> {
+fn load(
+    frontend: Frontend,
+    checkpoint: Option<&Checkpoint>,
+    device: &Device,
+    options: &ExecutorOptions,
+) -> Result<Engine> {
+    let weights = checkpoint.map_or(Weights::Dummy, Weights::Checkpoint);
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
     bar.set_style(style.expect("a valid template"));
-    let engine = Engine::new(frontend, checkpoint, device, options, &mut |done, total| {
+    let engine = Engine::new(frontend, weights, device, options, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });

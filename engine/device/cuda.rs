@@ -286,12 +286,14 @@ impl CudaDevice {
         }
     }
 
-    /// Between two events on an idle GPU, without programmatic dependence; includes a few microseconds of launching.
-    pub fn time(&self, launch: &Launch) -> Result<f64> {
+    /// Between two events around the launch, without programmatic dependence. On an idle GPU that includes a few microseconds
+    /// of launching; behind `before` both events and the launch are in the queue already, and it does not.
+    pub fn time(&self, before: Option<&Launch>, launch: &Launch) -> Result<f64> {
         self.synchronize()?;
         let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let start = self.check("cuEventCreate", event())?;
         let end = self.check("cuEventCreate", event())?;
+        before.map_or(Ok(()), |before| self.enqueue(before, false))?;
         // SAFETY: two events of this context, on our stream; destroyed below, after the last use.
         self.check("cuEventRecord", unsafe { result::event::record(start, self.stream) })?;
         self.enqueue(launch, false)?;

@@ -193,7 +193,8 @@ impl HostDevice {
     }
 
     /// Seconds that one launch takes.
-    pub fn time(&self, launch: &Launch) -> Result<f64> {
+    pub fn time(&self, before: Option<&Launch>, launch: &Launch) -> Result<f64> {
+        before.map_or(Ok(()), |before| self.launch(before))?;
         self.synchronize()?;
         let start = std::time::Instant::now();
         self.push(Work::Launch(launch.clone()))?;

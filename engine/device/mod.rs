@@ -225,9 +225,15 @@ impl Device {
         on!(self, d => d.is_finished())
     }
 
-    /// Runs one launch alone and measures it, seconds.
+    /// Runs one launch alone on an idle device and measures it, seconds; on a GPU with the time of launching it.
     pub fn time(&self, launch: &Launch) -> Result<f64> {
-        on!(self, d => d.time(launch))
+        on!(self, d => d.time(None, launch))
+    }
+
+    /// Seconds that `launch` takes directly after `before`, which is not measured. On a GPU everything has been enqueued
+    /// before `before` ends, if that takes 10 us or more: then what is measured is the kernel and about 1 us of starting it.
+    pub fn time_after(&self, before: &Launch, launch: &Launch) -> Result<f64> {
+        on!(self, d => d.time(Some(before), launch))
     }
 
     pub fn tensor_map<const RANK: usize>(

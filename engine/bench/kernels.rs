@@ -1,0 +1,592 @@
+//! `ponder bench kernels`: every kernel alone, at the shapes of real models.
+//!
+//! What is measured: one launch, between two events behind a launch that makes L2 cold (see [`Device::time_after`]), without
+//! programmatic dependence; several times within a time limit, of which the median counts. All data is random, because tensor
+//! cores that multiply zeros draw less power and clock higher. On the host target nothing is made cold, and the time is that
+//! of the simulation: it says nothing about a GPU.
+
+use super::{Roofline, percentile};
+use crate::batch::{PageEntry, SamplingParams, SlotSetup};
+use crate::device::{Buffer, Device, Launch};
+use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS, TRAIT_REAL};
+use crate::kv_cache::KvCache;
+use crate::ops::{self, Epilogue, Heads, Linear, Norm, Rows, Tiles, Workspace};
+use crate::slots::Slots;
+use crate::tiles::{ChunkRows, prefill_tiles};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// One line of the report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measurement {
+    /// What the kernel is for: qkv, down, head, prefill, ...
+    pub name: &'static str,
+    pub model: &'static str,
+    /// gemm, gemv, attn_prefill, attn_decode, sample, norm, embed, rope or random.
+    pub op: &'static str,
+    pub kernel: &'static str,
+    pub shape: serde_json::Map<String, serde_json::Value>,
+    pub us: Microseconds,
+    /// That must move at the least, and be computed.
+    pub bytes: u64,
+    pub flops: u64,
+    pub gb_per_s: f64,
+    pub tflop_per_s: f64,
+    /// None on the host target.
+    pub roofline_percent: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Microseconds {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+    pub runs: usize,
+}
+
+impl Measurement {
+    /// What stands above the lines.
+    pub fn heading() -> String {
+        format!(
+            "{:<13} {:<12} {:<11} {:<47} {:<20} {:>10} {:<33} {:>9} {:>9} {:>10}",
+            "model", "op", "name", "shape", "kernel", "us", "(min .. max, runs)", "GB/s", "TFLOP/s", "% roofline"
+        )
+    }
+
+    /// A line under [`Measurement::heading`].
+    pub fn line(&self) -> String {
+        let us = &self.us;
+        format!(
+            "{:<86} {:<20} {:>10.2} {:<33} {:>9.1} {:>9.2} {:>10}",
+            label(self.model, self.op, self.name, &self.shape),
+            self.kernel,
+            us.median,
+            format!("({:.2} .. {:.2}, {})", us.min, us.max, us.runs),
+            self.gb_per_s,
+            self.tflop_per_s,
+            self.roofline_percent.map_or("-".into(), |p| format!("{p:.1}")),
+        )
+    }
+}
+
+/// A dimension's name in the table.
+fn short(key: &str) -> &str {
+    match key {
+        "q_heads" => "q",
+        "kv_heads" => "kv",
+        "head_dim" => "d",
+        "sequences" => "seqs",
+        _ => key,
+    }
+}
+
+/// What a filter is held against, and the beginning of a line.
+fn label(model: &str, op: &str, name: &str, shape: &serde_json::Map<String, serde_json::Value>) -> String {
+    let visible = shape.iter().filter(|(key, _)| *key != "causal");
+    let shape: Vec<String> = visible.map(|(key, value)| format!("{}={value}", short(key))).collect();
+    format!("{model:<13} {op:<12} {name:<11} {}", shape.join(" "))
+}
+
+/// A model's matrices and heads, and how large the cases are.
+struct Shape {
+    name: &'static str,
+    hidden: u32,
+    intermediate: u32,
+    heads: Heads,
+    vocab: u32,
+    qkv_bias: bool,
+    sizes: &'static Sizes,
+}
+
+struct Sizes {
+    decode_rows: &'static [u32],
+    prefill_rows: &'static [u32],
+    /// Sequences and the keys of each.
+    decode: &'static [(u32, u32)],
+    /// Chunks: the position of the first token, and how many tokens.
+    prefill: &'static [(&'static str, &'static [(u32, u32)])],
+}
+
+const SMALL: Sizes = Sizes {
+    decode_rows: &[1, 16],
+    prefill_rows: &[100, 600],
+    decode: &[(1, 100), (4, 300)],
+    prefill: &[("prefill", &[(0, 100)]), ("chunk", &[(130, 70)])],
+};
+
+const FULL: Sizes = Sizes {
+    decode_rows: &[1, 8, 16],
+    prefill_rows: &[128, 512, 2048, 8192],
+    decode: &[(1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (16, 32768)],
+    prefill: &[
+        ("prefill", &[(0, 512)]),
+        ("prefill", &[(0, 2048)]),
+        ("prefill", &[(0, 4096)]),
+        ("prefill", &[(0, 8192)]),
+        ("prefill", &[(0, 16384)]),
+        ("ragged", &[(0, 100), (0, 3000), (0, 37), (0, 900), (1000, 500), (0, 2047), (5000, 64), (0, 1544)]),
+        ("chunk", &[(8192, 2048)]),
+    ],
+};
+
+/// From the models' config.json.
+const SHAPES: [Shape; 6] = [
+    shape("tiny", 256, 320, (4, 2, 64), 1024, true, &SMALL),
+    shape("tiny-d128", 256, 320, (4, 1, 128), 1024, false, &SMALL),
+    shape("llama-3.2-1b", 2048, 8192, (32, 8, 64), 128_256, false, &FULL),
+    shape("llama-3.1-8b", 4096, 14336, (32, 8, 128), 128_256, false, &FULL),
+    shape("qwen2.5-7b", 3584, 18944, (28, 4, 128), 152_064, true, &FULL),
+    shape("qwen2.5-32b", 5120, 27648, (40, 8, 128), 152_064, true, &FULL),
+];
+
+/// Products of square matrices, which everybody quotes.
+const SQUARE: &str = "square";
+const SQUARES: [u32; 2] = [4096, 8192];
+
+const fn shape(
+    name: &'static str,
+    hidden: u32,
+    intermediate: u32,
+    (query, kv, dim): (u32, u32, u32),
+    vocab: u32,
+    qkv_bias: bool,
+    sizes: &'static Sizes,
+) -> Shape {
+    Shape { name, hidden, intermediate, heads: Heads { query, kv, dim }, vocab, qkv_bias, sizes }
+}
+
+/// Names for `--shapes`.
+pub fn shape_names() -> Vec<&'static str> {
+    SHAPES.iter().map(|s| s.name).chain([SQUARE]).collect()
+}
+
+/// What to measure, and how long.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Of [`shape_names`], or "all"; empty: the tiny ones on the host target, else all others.
+    pub shapes: Vec<String>,
+    pub filter: Option<String>,
+    /// For each case.
+    pub seconds: f64,
+}
+
+/// Measures; `progress` sees everything so far after each case.
+///
+/// # Errors
+/// Shapes that nobody knows, a filter that nothing matches, too little memory, a device that fails.
+pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&[Measurement]) -> Result<()>) -> Result<()> {
+    let names = shape_names();
+    if let Some(unknown) = options.shapes.iter().find(|s| *s != "all" && !names.contains(&s.as_str())) {
+        return Err(Error::Usage(format!("--shapes {unknown}: there are {}, and all", names.join(", "))));
+    }
+    let wanted = |name: &str| match options.shapes.as_slice() {
+        [] => device.is_host() == name.starts_with("tiny"),
+        some => some.iter().any(|s| s == name || s == "all"),
+    };
+    let mut bench = Bench {
+        device,
+        options,
+        model: "",
+        cold: if device.is_host() { None } else { Some(Cold::new(device)?) },
+        seed: 0,
+        results: Vec::new(),
+        progress,
+    };
+    for shape in SHAPES.iter().filter(|s| wanted(s.name)) {
+        bench.model = shape.name;
+        bench.products(shape)?;
+        bench.attention(shape)?;
+        bench.rows(shape)?;
+        bench.sampler(shape)?;
+    }
+    if wanted(SQUARE) {
+        bench.model = SQUARE;
+        for n in SQUARES {
+            bench.gemm("product", n, n, false, Epilogue::Plain, &[n])?;
+        }
+    }
+    if bench.results.is_empty() {
+        let filter = options.filter.as_deref().unwrap_or_default();
+        return Err(Error::Usage(format!("--filter {filter:?}: no line of the table contains that")));
+    }
+    Ok(())
+}
+
+/// A launch that leaves nothing useful in L2: a product that reads a matrix of 128 MiB, more than twice the L2 of an H100.
+/// Its lines are clean: after a fill the measured kernel would wait for dirty ones to be written back.
+struct Cold {
+    launch: Launch,
+    _buffers: (Arc<Buffer>, Buffer, Buffer),
+}
+
+impl Cold {
+    fn new(device: &Device) -> Result<Cold> {
+        const SIDE: usize = 8192;
+        const ROWS: usize = 128;
+        let buffers =
+            (Arc::new(device.alloc(SIDE * SIDE * 2)?), device.alloc(ROWS * SIDE * 2)?, device.alloc(ROWS * SIDE * 2)?);
+        let (w, x, out) = &buffers;
+        device.launch(&ops::random(device, w, SIDE * SIDE, 1, 0.02))?;
+        device.launch(&ops::random(device, x, ROWS * SIDE, 2, 1.0))?;
+        let linear = Linear::new(device, w.clone(), None, SIDE, SIDE)?;
+        let launch = ops::gemm(device, x, &linear, ROWS as u32, Epilogue::Plain, out)?;
+        Ok(Cold { launch, _buffers: buffers })
+    }
+}
+
+type Dimensions<'a> = &'a [(&'static str, u32)];
+
+struct Bench<'a> {
+    device: &'a Device,
+    options: &'a Options,
+    model: &'static str,
+    cold: Option<Cold>,
+    seed: u64,
+    results: Vec<Measurement>,
+    progress: &'a mut dyn FnMut(&[Measurement]) -> Result<()>,
+}
+
+/// A batch of sequences in a KV cache of one layer: random keys and values, and what says which row belongs where.
+struct Sequences {
+    cache: KvCache,
+    /// [rows] i32.
+    slot: Buffer,
+    position: Buffer,
+    chunks: Vec<ChunkRows>,
+    rows: u32,
+    keys: u64,
+    pairs: u64,
+}
+
+impl Bench<'_> {
+    // ---- the cases ----
+
+    fn products(&mut self, s: &Shape) -> Result<()> {
+        let (qkv, q) = (s.heads.columns(), s.heads.query * s.heads.dim);
+        let matrices = [
+            ("qkv", qkv, s.hidden, s.qkv_bias, Epilogue::Plain),
+            ("o", s.hidden, q, false, Epilogue::Residual),
+            ("gate_up", 2 * s.intermediate, s.hidden, false, Epilogue::Silu),
+            ("down", s.hidden, s.intermediate, false, Epilogue::Residual),
+        ];
+        for (name, n, k, bias, epilogue) in matrices {
+            self.gemm(name, n, k, bias, epilogue, s.sizes.prefill_rows)?;
+            // Decode adds its residual elsewhere.
+            let epilogue = if epilogue == Epilogue::Residual { Epilogue::Plain } else { epilogue };
+            self.gemv(name, n, k, bias, epilogue, s)?;
+        }
+        self.gemv("head", s.vocab, s.hidden, false, Epilogue::Logits, s)
+    }
+
+    fn gemm(&mut self, name: &'static str, n: u32, k: u32, bias: bool, epilogue: Epilogue, rows: &[u32]) -> Result<()> {
+        let wanted = self.wanted("gemm", name, rows.iter().map(|&rows| [("rows", rows), ("n", n), ("k", k)]));
+        let Some(most) = wanted.iter().map(|shape| shape[0].1).max() else { return Ok(()) };
+        let w = self.linear(n, k, bias)?;
+        let x = self.random(most as usize * k as usize, 1.0)?;
+        let out = self.random(most as usize * n as usize, 1.0)?;
+        for shape in wanted {
+            let launch = ops::gemm(self.device, &x, &w, shape[0].1, epilogue, &out)?;
+            self.measure("gemm", name, &shape, &launch)?;
+        }
+        Ok(())
+    }
+
+    fn gemv(&mut self, name: &'static str, n: u32, k: u32, bias: bool, epilogue: Epilogue, s: &Shape) -> Result<()> {
+        let rows = s.sizes.decode_rows.iter();
+        let wanted = self.wanted("gemv", name, rows.map(|&rows| [("rows", rows), ("n", n), ("k", k)]));
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let w = self.linear(n, k, bias)?;
+        let x = self.random((MAX_DECODE_ROWS * k) as usize, 1.0)?;
+        let out = self.device.alloc((MAX_DECODE_ROWS * n) as usize * 4)?;
+        let workspace = Workspace::new(self.device, n as usize, s.heads)?;
+        for shape in wanted {
+            let launch = ops::gemv(self.device, &x, &w, shape[0].1, epilogue, &out, &workspace)?;
+            self.measure("gemv", name, &shape, &launch)?;
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, s: &Shape) -> Result<()> {
+        let heads = [("q_heads", s.heads.query), ("kv_heads", s.heads.kv), ("head_dim", s.heads.dim)];
+        let dimensions = |sequences: &[(u32, u32)], causal: u32| {
+            let rows = sequences.iter().map(|&(_, tokens)| tokens).sum();
+            let keys = sequences.iter().map(|&(position, tokens)| position + tokens).sum();
+            let rest = [("rows", rows), ("keys", keys), ("sequences", sequences.len() as u32), ("causal", causal)];
+            [&heads[..], &rest].concat()
+        };
+        for &(name, chunks) in s.sizes.prefill {
+            let wanted = self.wanted("attn_prefill", name, [dimensions(chunks, 1)]);
+            let [shape] = wanted.as_slice() else { continue };
+            let sequences = self.sequences(s.heads, chunks)?;
+            let elements = (sequences.rows * s.heads.query * s.heads.dim) as usize;
+            let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
+            let tiles = prefill_tiles(&sequences.chunks, s.heads.group());
+            let (list, count) = (self.upload(&tiles)?, self.upload(&[tiles.len() as i32])?);
+            let tiles = Tiles {
+                tiles: &list,
+                device_count: &count,
+                count: tiles.len() as u32,
+                pairs: sequences.pairs,
+                keys: sequences.keys,
+            };
+            let pages = sequences.cache.layer(0);
+            let launch = ops::attn_prefill(self.device, &q, s.heads, sequences.rows, &tiles, &pages, &out)?;
+            self.measure("attn_prefill", name, shape, &launch)?;
+        }
+        for &(batch, keys) in s.sizes.decode {
+            let chunks = vec![(keys - 1, 1); batch as usize];
+            let wanted = self.wanted("attn_decode", "decode", [dimensions(&chunks, 0)]);
+            let [shape] = wanted.as_slice() else { continue };
+            let sequences = self.sequences(s.heads, &chunks)?;
+            let elements = (batch * s.heads.query * s.heads.dim) as usize;
+            let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
+            let workspace = Workspace::new(self.device, 1, s.heads)?;
+            let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
+            let launch = ops::attn_decode(&q, s.heads, &rows, sequences.keys, &pages, &out, &workspace);
+            self.measure("attn_decode", "decode", shape, &launch)?;
+        }
+        Ok(())
+    }
+
+    /// What works on one row at a time: embedding, norms, rotation. And the kernel that makes all this data.
+    fn rows(&mut self, s: &Shape) -> Result<()> {
+        let rows: Vec<u32> = s.sizes.decode_rows.iter().chain(s.sizes.prefill_rows).copied().collect();
+        let hidden = s.hidden as usize;
+        let shapes = || rows.iter().map(|&rows| [("rows", rows), ("hidden", s.hidden)]);
+        for [(_, count), _] in self.wanted("embed", "embed", shapes()) {
+            let shape = [("rows", count), ("hidden", s.hidden)];
+            let table = self.random(s.vocab as usize * hidden, 0.02)?;
+            let slots = self.slots(s.vocab, 1, &sampling(0.0, 0, 1.0))?;
+            let tokens: Vec<i32> = (0..count).map(|i| (i.wrapping_mul(2_654_435_761) % s.vocab) as i32).collect();
+            let (slot, tokens) = (self.upload(&vec![1i32; count as usize])?, self.upload(&tokens)?);
+            let positions = self.upload(&(0..count as i32).collect::<Vec<_>>())?;
+            let (position, out) =
+                (self.device.alloc(count as usize * 4)?, self.device.alloc(count as usize * hidden * 2)?);
+            let rows = Rows { count, slot: &slot, position: &position };
+            let prompt = Some((&tokens, &positions));
+            let launch = ops::embed(&table, &slots.states, &rows, prompt, &out, hidden, s.vocab as usize);
+            self.measure("embed", "embed", &shape, &launch)?;
+        }
+        let norm = Norm { weight: self.random(hidden, 1.0)?, eps: 1e-6 };
+        for name in ["norm", "add_norm"] {
+            for shape in self.wanted("norm", name, shapes()) {
+                let count = shape[0].1;
+                let x = self.random(count as usize * hidden, 1.0)?;
+                let residual = self.random(count as usize * hidden, 1.0)?;
+                let out = self.device.alloc(count as usize * hidden * 2)?;
+                let launch = match name {
+                    "norm" => ops::rms_norm(&x, &norm, None, count, &out),
+                    _ => ops::add_rms_norm(&x, &residual, &norm, count, &out),
+                };
+                self.measure("norm", name, &shape, &launch)?;
+            }
+        }
+        let heads = [("q_heads", s.heads.query), ("kv_heads", s.heads.kv), ("head_dim", s.heads.dim)];
+        let shapes = rows.iter().map(|&rows| [&[("rows", rows)], &heads[..]].concat());
+        for shape in self.wanted("rope", "rope", shapes) {
+            let count = shape[0].1;
+            // In decode each row is a sequence of its own.
+            let chunks = if count <= MAX_DECODE_ROWS { vec![(99, 1); count as usize] } else { vec![(0, count)] };
+            let sequences = self.sequences(s.heads, &chunks)?;
+            let qkv = self.random((count * s.heads.columns()) as usize, 1.0)?;
+            let q = self.device.alloc((count * s.heads.query * s.heads.dim) as usize * 2)?;
+            let cos_sin = self.random_f32((count.max(100) * s.heads.dim) as usize, 1.0)?;
+            let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
+            let launch = ops::rope_append(&qkv, s.heads, None, &cos_sin, &rows, &pages, &q);
+            self.measure("rope", "rope", &shape, &launch)?;
+        }
+        let count = s.hidden * s.intermediate;
+        for shape in self.wanted("random", "weights", [[("count", count)]]) {
+            let out = self.device.alloc(count as usize * 2)?;
+            self.measure("random", "weights", &shape, &ops::random(self.device, &out, count as usize, 1, 0.02))?;
+        }
+        Ok(())
+    }
+
+    fn sampler(&mut self, s: &Shape) -> Result<()> {
+        for (name, sampling) in [("greedy", sampling(0.0, 0, 1.0)), ("top_k_top_p", sampling(1.0, 50, 0.9))] {
+            let rows = s.sizes.decode_rows.iter();
+            for shape in self.wanted("sample", name, rows.map(|&rows| [("rows", rows), ("vocab", s.vocab)])) {
+                let count = shape[0].1;
+                let slots = self.slots(s.vocab, count, &sampling)?;
+                let logits = self.random_f32((count * s.vocab) as usize, 3.0)?;
+                let row_slot = self.upload(&(1..=count as i32).collect::<Vec<_>>())?;
+                let launch = ops::sample(slots.sample_params(), &logits, &row_slot, count);
+                self.measure("sample", name, &shape, &launch)?;
+            }
+        }
+        Ok(())
+    }
+
+    // ---- what they are made of ----
+
+    fn random(&mut self, count: usize, deviation: f32) -> Result<Buffer> {
+        let buffer = self.device.alloc(count * 2)?;
+        self.randomise(&buffer, count, deviation)?;
+        Ok(buffer)
+    }
+
+    /// [count] fp32: the upper half of each is a random bf16, and the lower half adds less than an ulp of that.
+    fn random_f32(&mut self, count: usize, deviation: f32) -> Result<Buffer> {
+        self.random(2 * count, deviation)
+    }
+
+    fn randomise(&mut self, buffer: &Buffer, count: usize, deviation: f32) -> Result<()> {
+        self.seed += 1;
+        self.device.launch(&ops::random(self.device, buffer, count, self.seed, deviation))
+    }
+
+    fn upload<T: bytemuck::NoUninit>(&self, data: &[T]) -> Result<Buffer> {
+        let buffer = self.device.alloc(size_of_val(data))?;
+        self.device.upload(&buffer, 0, bytemuck::cast_slice(data))?;
+        Ok(buffer)
+    }
+
+    fn linear(&mut self, n: u32, k: u32, bias: bool) -> Result<Linear> {
+        let weight = self.random(n as usize * k as usize, 0.02)?;
+        let bias = if bias { Some(self.random(n as usize, 0.02)?) } else { None };
+        Linear::new(self.device, Arc::new(weight), bias, n as usize, k as usize)
+    }
+
+    /// Active slots 1 to `count`, which never end.
+    fn slots(&self, vocab: u32, count: u32, sampling: &SamplingParams) -> Result<Slots> {
+        let slots = Slots::new(self.device, count + 1, &vec![TRAIT_REAL as u8; vocab as usize])?;
+        for slot in 1..=count {
+            slots.admit(&SlotSetup {
+                slot,
+                serial: slot,
+                tokens: vec![1],
+                generated: 0,
+                max_generated: i32::MAX as u32,
+                max_length: i32::MAX as u32,
+                eos_ids: Vec::new(),
+                sampling: sampling.clone(),
+                budget: None,
+            })?;
+        }
+        Ok(slots)
+    }
+
+    /// Of each sequence (position of the first new token, new tokens). Their pages alternate, as if they had grown together.
+    fn sequences(&mut self, heads: Heads, chunks: &[(u32, u32)]) -> Result<Sequences> {
+        let pages_of = |&(position, tokens): &(u32, u32)| (position + tokens).div_ceil(PAGE_TOKENS);
+        let longest = chunks.iter().map(pages_of).max().expect("a sequence");
+        let mut page = 0;
+        let mut entries = Vec::new();
+        for index in 0..longest {
+            for (i, _) in chunks.iter().enumerate().filter(|(_, chunk)| index < pages_of(chunk)) {
+                page += 1;
+                entries.push(PageEntry { slot: i as u32 + 1, index, page });
+            }
+        }
+        entries.sort_by_key(|e| (e.slot, e.index));
+        let cache = KvCache::new(self.device, 1, heads, page + 1, chunks.len() as u32 + 1, longest)?;
+        cache.set_pages(self.device, &entries)?;
+        let layer = cache.layer(0);
+        for values in [layer.k, layer.v] {
+            self.randomise(values, values.bytes() / 2, 1.0)?;
+        }
+        let (mut slot, mut position) = (Vec::new(), Vec::new());
+        let (mut keys, mut pairs) = (0, 0);
+        let mut rows = Vec::new();
+        for (i, &(first, tokens)) in chunks.iter().enumerate() {
+            rows.push(ChunkRows { slot: i as u32 + 1, first_row: slot.len() as u32, tokens, position: first });
+            slot.extend(vec![i as i32 + 1; tokens as usize]);
+            position.extend((first..first + tokens).map(|p| p as i32));
+            let (first, tokens) = (first as u64, tokens as u64);
+            keys += first + tokens;
+            pairs += first * tokens + tokens * (tokens + 1) / 2;
+        }
+        let count = slot.len() as u32;
+        let (slot, position) = (self.upload(&slot)?, self.upload(&position)?);
+        Ok(Sequences { cache, slot, position, chunks: rows, rows: count, keys, pairs })
+    }
+
+    // ---- measuring ----
+
+    /// Those shapes that pass the filter.
+    fn wanted<D: AsRef<[(&'static str, u32)]>>(
+        &self,
+        op: &str,
+        name: &str,
+        shapes: impl IntoIterator<Item = D>,
+    ) -> Vec<D> {
+        let filter = self.options.filter.as_deref().unwrap_or_default();
+        let passes = |shape: &D| label(self.model, op, name, &map(shape.as_ref())).contains(filter);
+        shapes.into_iter().filter(passes).collect()
+    }
+
+    fn measure(&mut self, op: &'static str, name: &'static str, shape: Dimensions, launch: &Launch) -> Result<()> {
+        const WARM_UP: usize = 2;
+        const LEAST: usize = 5;
+        const MOST: usize = 1000;
+        let once = || match &self.cold {
+            Some(cold) => self.device.time_after(&cold.launch, launch),
+            None => self.device.time(launch),
+        };
+        for _ in 0..WARM_UP {
+            once()?;
+        }
+        let start = Instant::now();
+        let mut times = Vec::new();
+        while times.len() < LEAST || (times.len() < MOST && start.elapsed().as_secs_f64() < self.options.seconds) {
+            times.push(once()?);
+        }
+        times.sort_by(f64::total_cmp);
+        let median = percentile(&times, 50.0);
+        let us = Microseconds {
+            median: median * 1e6,
+            min: times[0] * 1e6,
+            max: times[times.len() - 1] * 1e6,
+            runs: times.len(),
+        };
+        let measurement = Measurement {
+            name,
+            model: self.model,
+            op,
+            kernel: launch.kernel.name.to_str().expect("names are ASCII"),
+            shape: map(shape),
+            us,
+            bytes: launch.bytes,
+            flops: launch.flops,
+            gb_per_s: launch.bytes as f64 / median / 1e9,
+            tflop_per_s: launch.flops as f64 / median / 1e12,
+            roofline_percent: Roofline::of(self.device).map(|r| r.percent(launch.bytes, launch.flops, median)),
+        };
+        self.results.push(measurement);
+        (self.progress)(&self.results)
+    }
+}
+
+impl Sequences {
+    fn rows(&self) -> Rows<'_> {
+        Rows { count: self.rows, slot: &self.slot, position: &self.position }
+    }
+}
+
+fn sampling(temperature: f32, top_k: u32, top_p: f32) -> SamplingParams {
+    SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        seed: 1,
+        logprobs: None,
+        logit_bias: Vec::new(),
+        allowed: None,
+        stop_ids: Vec::new(),
+        ignore_eos: true,
+        min_tokens: 0,
+    }
+}
+
+fn map(shape: Dimensions) -> serde_json::Map<String, serde_json::Value> {
+    shape.iter().map(|&(key, value)| (key.into(), value.into())).collect()
+}

@@ -1,0 +1,90 @@
+//! `ponder bench`: measures kernels or a whole model, prints a table and writes JSON.
+
+use super::output::Printer;
+use crate::args::{BenchArgs, BenchCommand, KernelBenchArgs, LatencyArgs, LoadArgs, ThroughputArgs};
+use crate::bench::kernels::{self, Measurement};
+use crate::bench::load::{self, Load};
+use crate::bench::{Report, Roofline};
+use crate::device::Device;
+use crate::executor::ExecutorOptions;
+use crate::frontend::Frontend;
+use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
+use crate::{Error, Result};
+use serde_json::json;
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    match &args.command {
+        BenchCommand::Kernels(args) => kernels(args),
+        BenchCommand::Latency(args) => latency(args),
+        BenchCommand::Throughput(args) => throughput(args),
+    }
+}
+
+fn kernels(args: &KernelBenchArgs) -> Result<()> {
+    let device = Device::open(args.device.parse()?)?;
+    let options = kernels::Options { shapes: args.shapes.clone(), filter: args.filter.clone(), seconds: args.seconds };
+    let mut printer = Printer::new();
+    let mut heading = Some(format!("{}\n{}\n", device.describe(), Measurement::heading()));
+    kernels::run(&device, &options, &mut |results| {
+        printer.write(&heading.take().unwrap_or_default())?;
+        printer.write(&(results.last().expect("called after each").line() + "\n"))?;
+        // Each time, so that a run that is cut short leaves what it has.
+        args.json.as_ref().map_or(Ok(()), |path| Report::new("ponder-bench-kernels", &device, results).save(path))
+    })
+}
+
+fn latency(args: &LatencyArgs) -> Result<()> {
+    if args.batch > MAX_DECODE_ROWS {
+        return Err(Error::Usage(format!("--batch {}: {MAX_DECODE_ROWS} at most fit into one step", args.batch)));
+    }
+    measure("ponder-bench-latency", "batch", args.batch, &args.load)
+}
+
+fn throughput(args: &ThroughputArgs) -> Result<()> {
+    measure("ponder-bench-throughput", "requests", args.requests, &args.load)
+}
+
+/// `what` there are `requests` of, in the words of the flags.
+fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> Result<()> {
+    let frontend = Frontend::without_text(&args.model.path)?;
+    let checkpoint = super::checkpoint(&args.model)?;
+    let device = Device::open(args.model.device.parse()?)?;
+    // Just as much room as these requests need.
+    let length = args.input_tokens + args.output_tokens;
+    let rows = requests.min(MAX_DECODE_ROWS);
+    let options = super::options(&args.model);
+    let options = ExecutorOptions {
+        max_context: options.max_context.or(Some(length)),
+        pages: options.pages.or(Some(rows * length.div_ceil(PAGE_TOKENS))),
+        ..options
+    };
+    let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;
+    let load = Load {
+        requests,
+        input_tokens: args.input_tokens,
+        output_tokens: args.output_tokens,
+        iterations: args.iterations,
+        warmup: args.warmup,
+    };
+    let telemetry = super::telemetry(&args.model, &device);
+    let outcome = load::run(&mut engine, &load, rows, Roofline::of(&device), telemetry.as_ref())?;
+    Printer::new().write(&format!(
+        "{}\n{}: {requests} x {} prompt tokens, {} output tokens\n\n{}",
+        device.describe(),
+        args.model.path.display(),
+        args.input_tokens,
+        args.output_tokens,
+        outcome.table()
+    ))?;
+    let mut report = Report::new(schema, &device, outcome);
+    report.args = Some(json!({
+        "model": args.model.path,
+        "load_format": args.model.load_format.name(),
+        what: requests,
+        "input_tokens": args.input_tokens,
+        "output_tokens": args.output_tokens,
+        "iterations": args.iterations,
+        "warmup": args.warmup,
+    }));
+    args.json.as_ref().map_or(Ok(()), |path| report.save(path))
+}
