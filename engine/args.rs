@@ -99,6 +99,9 @@ pub struct KernelBenchArgs {
     /// Shapes, or all [default: all but the tiny ones; on the host target the tiny ones].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub shapes: Vec<String>,
+    /// Prefill products with every tile that there is a kernel for, not only the one that the cost model picks.
+    #[arg(long)]
+    pub all_tiles: bool,
     /// Only lines of the table that contain this text up to the kernel's name.
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,

@@ -85,6 +85,8 @@ fn child() {
         "launch" => {
             device.launch(&rope()).unwrap();
             assert_eq!(device.time(&rope()).unwrap(), 2.5e-3);
+            let before = Launch { grid: [7, 1, 1], ..rope() };
+            assert_eq!(device.time_after(&before, &rope()).unwrap(), 2.5e-3);
         }
         "graph" => {
             device.begin_capture().unwrap();
@@ -210,7 +212,13 @@ fn a_launch_reaches_the_driver_whole() {
     };
     let from = calls.iter().position(|c| c.starts_with("launch")).unwrap();
     assert_eq!(calls[from], launch(1));
-    assert_eq!(calls[from + 1..][..5], ["synchronize", "record event", &launch(0), "record event", "synchronize"]);
+    let timed = ["record event", &launch(0), "record event", "synchronize"];
+    assert_eq!(calls[from + 1], "synchronize");
+    assert_eq!(calls[from + 2..][..4], timed);
+    // Behind another launch: nothing waits between that and the events.
+    let before = calls.iter().position(|c| c.starts_with("launch rope_append_d64 grid 7 1 1")).unwrap();
+    assert_eq!(calls[before - 1], "synchronize");
+    assert_eq!(calls[before + 1..][..4], timed);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::kv_cache::KvCache;
 use crate::ops::{self, Epilogue, Heads, Linear, Norm, Rows, Tiles, Workspace};
 use crate::slots::Slots;
 use crate::tiles::{ChunkRows, prefill_tiles};
+use crate::tiling::{TILE_ROWS, Tiling};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::sync::Arc;
@@ -27,6 +28,8 @@ pub struct Measurement {
     /// gemm, gemv, attn_prefill, attn_decode, sample, norm, embed, rope or random.
     pub op: &'static str,
     pub kernel: &'static str,
+    /// Blocks in a cluster.
+    pub cluster: u32,
     pub shape: serde_json::Map<String, serde_json::Value>,
     pub us: Microseconds,
     /// That must move at the least, and be computed.
@@ -50,7 +53,7 @@ impl Measurement {
     /// What stands above the lines.
     pub fn heading() -> String {
         format!(
-            "{:<13} {:<12} {:<11} {:<47} {:<20} {:>10} {:<33} {:>9} {:>9} {:>10}",
+            "{:<13} {:<12} {:<11} {:<47} {:<21} {:>10} {:<33} {:>9} {:>9} {:>10}",
             "model", "op", "name", "shape", "kernel", "us", "(min .. max, runs)", "GB/s", "TFLOP/s", "% roofline"
         )
     }
@@ -59,9 +62,9 @@ impl Measurement {
     pub fn line(&self) -> String {
         let us = &self.us;
         format!(
-            "{:<86} {:<20} {:>10.2} {:<33} {:>9.1} {:>9.2} {:>10}",
+            "{:<86} {:<21} {:>10.2} {:<33} {:>9.1} {:>9.2} {:>10}",
             label(self.model, self.op, self.name, &self.shape),
-            self.kernel,
+            if self.cluster == 1 { self.kernel.into() } else { format!("{} x{}", self.kernel, self.cluster) },
             us.median,
             format!("({:.2} .. {:.2}, {})", us.min, us.max, us.runs),
             self.gb_per_s,
@@ -111,7 +114,7 @@ struct Sizes {
 
 const SMALL: Sizes = Sizes {
     decode_rows: &[1, 16],
-    prefill_rows: &[100, 600],
+    prefill_rows: &[100, 300],
     decode: &[(1, 100), (4, 300)],
     prefill: &[("prefill", &[(0, 100)]), ("chunk", &[(130, 70)])],
 };
@@ -168,6 +171,8 @@ pub struct Options {
     /// Of [`shape_names`], or "all"; empty: the tiny ones on the host target, else all others.
     pub shapes: Vec<String>,
     pub filter: Option<String>,
+    /// Of prefill products: every tile that there is a kernel for, not only the one that the cost model picks.
+    pub all_tiles: bool,
     /// For each case.
     pub seconds: f64,
 }
@@ -287,8 +292,19 @@ impl Bench<'_> {
         let x = self.random(most as usize * k as usize, 1.0)?;
         let out = self.random(most as usize * n as usize, 1.0)?;
         for shape in wanted {
-            let launch = ops::gemm(self.device, &x, &w, shape[0].1, epilogue, &out)?;
-            self.measure("gemm", name, &shape, &launch)?;
+            let rows = shape[0].1;
+            if !self.options.all_tiles {
+                let launch = ops::gemm(self.device, &x, &w, rows, epilogue, &out)?;
+                self.measure("gemm", name, &shape, &launch)?;
+                continue;
+            }
+            for &(columns, _) in ops::gemm_kernels(epilogue, bias) {
+                for cluster in if rows > TILE_ROWS { 1..=2 } else { 1..=1 } {
+                    let tiling = Tiling { columns, cluster };
+                    let launch = ops::gemm_tiled(self.device, &x, &w, rows, epilogue, &out, tiling)?;
+                    self.measure("gemm", name, &shape, &launch)?;
+                }
+            }
         }
         Ok(())
     }
@@ -549,6 +565,7 @@ impl Bench<'_> {
             model: self.model,
             op,
             kernel: launch.kernel.name.to_str().expect("names are ASCII"),
+            cluster: launch.cluster,
             shape: map(shape),
             us,
             bytes: launch.bytes,

@@ -22,7 +22,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn kernels(args: &KernelBenchArgs) -> Result<()> {
     let device = Device::open(args.device.parse()?)?;
-    let options = kernels::Options { shapes: args.shapes.clone(), filter: args.filter.clone(), seconds: args.seconds };
+    let options = kernels::Options {
+        shapes: args.shapes.clone(),
+        filter: args.filter.clone(),
+        all_tiles: args.all_tiles,
+        seconds: args.seconds,
+    };
     let mut printer = Printer::new();
     let mut heading = Some(format!("{}\n{}\n", device.describe(), Measurement::heading()));
     kernels::run(&device, &options, &mut |results| {
