@@ -26,9 +26,9 @@ run: # answers a question with the tiny model on whatever this machine has
 test: setup # every test; every kernel is compiled by nvcc, too
 	$(CARGO) test --release -- $(TESTS)
 
-bench: setup # what each kernel costs when the tiny model answers, and how fast it does
-	$(CARGO) run --release -- generate models/modulo "$(QUESTION)" --n-ignore 4 --ignore-string Wait --profile
-	$(CARGO) run --release -- generate models/modulo "$(QUESTION)" --n-ignore 4 --ignore-string Wait >/dev/null
+bench: setup # every kernel alone, and how fast the tiny model answers
+	$(CARGO) run --release -- bench kernels
+	$(CARGO) run --release -- bench latency models/modulo
 
 fmt: setup
 	$(CARGO) fmt

@@ -3,7 +3,7 @@
 // one product, so that every target makes the same bits.
 //
 // Grid: any number of blocks, which stride over vectors of 8; the last vector may be cut. It is bound by arithmetic, about
-// 25 instructions an element, which is far faster than any file.
+// 27 instructions an element, which is far faster than any file.
 #include "philox.cuh"
 
 constexpr float kSumDeviation = 147.79990f;  // of the sum of four uniform bytes: sqrt(4 (256^2 - 1) / 12)
@@ -15,7 +15,7 @@ DEVICE float centred_sum(uint32_t word) {
 KERNEL(random_normal, RandomParams, RANDOM_THREADS) {
   pdl_launch_dependents();
   pdl_wait();
-  const float scale = p.deviation / kSumDeviation;
+  const float scale = p.deviation * (1.f / kSumDeviation);
   const uint64_t vectors = (p.count + 7) / 8;
   for (uint64_t v = (uint64_t)block_x() * RANDOM_THREADS + thread_idx(); v < vectors;
        v += (uint64_t)grid_x() * RANDOM_THREADS) {
@@ -29,7 +29,7 @@ KERNEL(random_normal, RandomParams, RANDOM_THREADS) {
     if (8 * v + 8 <= p.count) {
       store8(out, pack8(x));
     } else {
-      for (uint64_t i = 0; 8 * v + i < p.count; i++) out[i] = float_to_bf16(x[i]);
+      UNROLL for (int i = 0; i < 7; i++) if (8 * v + i < p.count) out[i] = float_to_bf16(x[i]);
     }
   }
 }

@@ -102,7 +102,7 @@ fn gemm_launch(device: &Device, case: &Case, tiling: Tiling, grid: u32, operands
     };
     let kernel = ops::gemm_kernels(epilogue, bias).iter().find(|k| k.0 == tiling.columns).unwrap().1;
     let columns = tiling.columns / if case.epilogue == Epilogue::Silu { 2 } else { 1 };
-    let panel = if columns % 64 == 0 { 64 } else { 32 };
+    let panel = if columns.is_multiple_of(64) { 64 } else { 32 };
     let mut params = GemmParams {
         a_map: map(device, x, case.rows, case.k, [64, 128]),
         w_map: map(device, w, case.n, case.k, [64, tiling.columns / 2]),

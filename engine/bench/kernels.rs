@@ -3,7 +3,8 @@
 //! What is measured: one launch, between two events behind a launch that makes L2 cold (see [`Device::time_after`]), without
 //! programmatic dependence; several times within a time limit, of which the median counts. All data is random, because tensor
 //! cores that multiply zeros draw less power and clock higher. On the host target nothing is made cold, and the time is that
-//! of the simulation: it says nothing about a GPU.
+//! of the simulation: it says nothing about a GPU. Not yet run on a GPU; there, lines that a kernel asks L2 to keep (x of a gemv,
+//! K and V of attn_prefill) may outlast the product that makes it cold.
 
 use super::{Roofline, percentile};
 use crate::batch::{PageEntry, SamplingParams, SlotSetup};
