@@ -1,6 +1,6 @@
 #!/bin/sh
 # gpu-bundle.sh [FEATURE FLAGS]: builds the binaries that benches/gpu.sh runs and puts them, stripped, into target/gpu-bundle/:
-# `ponder`, `tests`, and each bench by its name.
+# `ponder`, `tests`, each bench by its name, and the `commit` they were built from.
 set -eu
 cd "$(dirname "$0")/.."
 bundle=target/gpu-bundle
@@ -14,4 +14,5 @@ cargo test --release --no-run --test tests --benches "$@" 2>&1 | tee /dev/stderr
     sed -n 's/^ *Executable [^(]*\(tests\|benches\)\/\([a-z_]*\)\.rs (\(.*\))$/\2 \3/p' |
     while read -r name path; do strip -o "$bundle/$name" "$path"; done
 [ -x "$bundle/tests" ]
+git rev-parse --short HEAD >"$bundle/commit" 2>/dev/null || true
 du -ch "$bundle"/*

@@ -22,5 +22,6 @@ mod requests;
 mod resources;
 mod sampler;
 mod scheduler;
+mod scripts;
 mod sequence;
 mod simt;
