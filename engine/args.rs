@@ -280,6 +280,7 @@ impl RequestArgs {
                 accounting: budget.accounting.into(),
                 on_end: budget.on_end.into(),
             },
+            ..Request::default()
         }
     }
 }

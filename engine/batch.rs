@@ -6,10 +6,12 @@
 pub struct Batch {
     /// Slots that get a new sequence, written before anything else.
     pub admissions: Vec<SlotSetup>,
-    /// Slots that become inactive (cancelled, preempted); finished slots deactivate themselves on the device.
+    /// Slots that become inactive (cancelled); finished slots deactivate themselves on the device.
     pub releases: Vec<u32>,
     /// New entries of block tables.
     pub pages: Vec<PageEntry>,
+    /// Pages to copy before the work: sequences that part where they were one.
+    pub copies: Vec<PageCopy>,
     pub work: Work,
 }
 
@@ -31,7 +33,14 @@ pub struct PageEntry {
     pub page: u32,
 }
 
-/// Consecutive tokens of one prompt.
+/// All that is in page `from` is to be in page `to` as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageCopy {
+    pub from: u32,
+    pub to: u32,
+}
+
+/// Consecutive tokens of one prompt; of a sequence that was preempted, what had been generated belongs to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrefillChunk {
     pub slot: u32,
@@ -48,10 +57,8 @@ pub struct SlotSetup {
     pub slot: u32,
     /// Echoed in every [`TokenEvent`]; never reused while the engine lives.
     pub serial: u32,
-    /// The sequence so far: the prompt (and on resume what was generated).
+    /// The prompt.
     pub tokens: Vec<u32>,
-    /// How many of `tokens` were generated (0 but on resume).
-    pub generated: u32,
     pub max_generated: u32,
     /// Tokens of prompt and answer together that fit: the context length.
     pub max_length: u32,

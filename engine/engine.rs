@@ -6,12 +6,13 @@
 
 use crate::Result;
 use crate::batch::{Finish, TokenEvent};
+use crate::blocks::PageHash;
 use crate::device::Device;
 use crate::executor::{Executor, ExecutorOptions, KernelCost};
 use crate::frontend::{Frontend, Request};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::model::Weights;
-use crate::scheduler::{Limits, Scheduler};
+use crate::scheduler::{Counters, Limits, Scheduler, Submission};
 use crate::sequence::{FinishReason, Piece, Transcript};
 use std::collections::BTreeMap;
 
@@ -48,8 +49,11 @@ pub struct Update {
 pub struct Stats {
     pub waiting: usize,
     pub running: usize,
+    /// Of the running ones, those whose pages others needed.
+    pub preempted: usize,
     pub pages_used: u32,
     pub pages: u32,
+    pub counters: Counters,
 }
 
 impl Engine {
@@ -74,6 +78,7 @@ impl Engine {
             page_tokens: PAGE_TOKENS,
             rows: MAX_DECODE_ROWS,
             prefill_tokens: plan.prefill_chunk,
+            deterministic: options.deterministic,
         };
         let scheduler = Scheduler::new(limits);
         Ok(Engine { frontend, executor, scheduler, open: BTreeMap::new(), next_serial: 0, context })
@@ -91,7 +96,8 @@ impl Engine {
         let (setup, transcript) = self.frontend.accept(request, serial, self.context)?;
         self.next_serial += 1;
         self.open.insert(serial, transcript);
-        self.scheduler.submit(setup);
+        let tenant = PageHash::root(&request.tenant);
+        self.scheduler.submit(Submission { setup, priority: request.priority, tenant, fork_of: None });
         Ok(RequestId(serial))
     }
 
@@ -155,6 +161,13 @@ impl Engine {
 
     pub fn stats(&self) -> Stats {
         let (pages_used, pages) = self.scheduler.pages();
-        Stats { waiting: self.scheduler.waiting(), running: self.scheduler.running(), pages_used, pages }
+        Stats {
+            waiting: self.scheduler.waiting(),
+            running: self.scheduler.running(),
+            preempted: self.scheduler.preempted(),
+            pages_used,
+            pages,
+            counters: self.scheduler.counters(),
+        }
     }
 }

@@ -32,6 +32,8 @@ pub struct ExecutorOptions {
     pub graphs: bool,
     /// Run every kernel alone and measure it.
     pub profile: bool,
+    /// A request's tokens depend on nothing but itself.
+    pub deterministic: bool,
 }
 
 impl Default for ExecutorOptions {
@@ -43,6 +45,7 @@ impl Default for ExecutorOptions {
             prefill_chunk: 512,
             graphs: true,
             profile: false,
+            deterministic: false,
         }
     }
 }
@@ -271,9 +274,9 @@ impl Executor {
         }
         for setup in &batch.admissions {
             self.slots.admit(setup)?;
-            self.lengths[setup.slot as usize] = setup.tokens.len() as u32;
         }
         self.cache.set_pages(&self.device, &batch.pages)?;
+        self.cache.copy_pages(&self.device, &batch.copies)?;
         match &batch.work {
             Work::Nothing => Ok(()),
             Work::Prefill(chunks) => self.prefill(chunks),
@@ -319,7 +322,7 @@ impl Executor {
             if chunk.last {
                 last_rows.push(token.len() as i32 - 1);
                 last_slots.push(chunk.slot as i32);
-                self.lengths[chunk.slot as usize] += 1;
+                self.lengths[chunk.slot as usize] = chunk.position + tokens + 1;
             }
             let (before, new) = (chunk.position as u64, tokens as u64);
             pairs += before * new + new * (new + 1) / 2;

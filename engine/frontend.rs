@@ -31,6 +31,10 @@ pub struct Request {
     pub stop: Vec<String>,
     pub sampling: SamplingRequest,
     pub budget: BudgetRequest,
+    /// How many requests that came earlier it goes before.
+    pub priority: u32,
+    /// Whose requests it may share computed prompts with.
+    pub tenant: String,
 }
 
 fn load_config(folder: &Path) -> Result<ModelConfig> {
@@ -82,7 +86,7 @@ impl Frontend {
     /// # Errors
     /// What could never be served in a context of so many tokens.
     pub fn accept(&self, request: &Request, serial: u32, context: u32) -> Result<(SlotSetup, Transcript)> {
-        let Request { prompt, max_tokens, stop, sampling, budget } = request;
+        let Request { prompt, max_tokens, stop, sampling, budget, .. } = request;
         if prompt.is_empty() {
             return Err(Error::request("prompt", "empty: there is nothing to answer"));
         }
@@ -112,7 +116,6 @@ impl Frontend {
             slot: 0,
             serial,
             tokens: prompt.clone(),
-            generated: 0,
             max_generated,
             max_length: context,
             eos_ids: self.config.eos_token_ids.clone(),

@@ -2,7 +2,7 @@
 //! holds which tokens of a slot. Must not know who decides that.
 
 use crate::Result;
-use crate::batch::PageEntry;
+use crate::batch::{PageCopy, PageEntry};
 use crate::device::{Buffer, Device, TensorMapSpec};
 use crate::kernels::params::{PAGE_TOKENS, TensorMap};
 use crate::ops::{Heads, Pages};
@@ -12,6 +12,8 @@ pub struct KvCache {
     /// [slots][max_pages] i32. What is not set points at page 0, which belongs to nobody.
     block_table: Buffer,
     max_pages: u32,
+    /// Of K, or V, of one layer, bytes.
+    page_bytes: usize,
 }
 
 struct Layer {
@@ -57,7 +59,8 @@ impl KvCache {
         let layers = (0..layers).map(layer).collect::<Result<_>>()?;
         let block_table = device.alloc((slots * max_pages) as usize * 4)?;
         device.fill(&block_table, 0, block_table.bytes(), 0)?;
-        Ok(KvCache { layers, block_table, max_pages })
+        let page_bytes = (kv * page * dim * 2) as usize;
+        Ok(KvCache { layers, block_table, max_pages, page_bytes })
     }
 
     pub fn layer(&self, index: usize) -> Pages<'_> {
@@ -72,6 +75,17 @@ impl KvCache {
             assert!(run[0].index as usize + pages.len() <= self.max_pages as usize, "more pages than a sequence has");
             let at = (run[0].slot * self.max_pages + run[0].index) as usize * 4;
             device.upload(&self.block_table, at, bytemuck::cast_slice(&pages))?;
+        }
+        Ok(())
+    }
+
+    /// Copies whole pages, in stream order.
+    pub fn copy_pages(&self, device: &Device, copies: &[PageCopy]) -> Result<()> {
+        for (copy, layer) in copies.iter().flat_map(|copy| self.layers.iter().map(move |layer| (copy, layer))) {
+            let at = |page: u32| page as usize * self.page_bytes;
+            for pool in [&layer.k, &layer.v] {
+                device.copy(pool, at(copy.from), at(copy.to), self.page_bytes)?;
+            }
         }
         Ok(())
     }

@@ -1,15 +1,20 @@
-//! Decides what runs next: which sequences get a slot, whose prompt goes on, who decodes. Fills one [`Batch`] at a time.
+//! Decides what runs next: which sequences get a seat, whose prompt goes on, who decodes. Fills one [`Batch`] at a time.
 //!
 //! Pure logic: the same calls give the same batches. It never waits for a token: all it needs to plan the next step is how
-//! many tokens each sequence has been given steps for, so any number of steps may be in flight. A sequence is admitted only
-//! when the pages that it may need at its longest are free or will not be needed by the others: nothing is ever preempted, and
-//! nothing can be stuck half-way. Knows no device and no text.
+//! many tokens each sequence has been given steps for, so any number of steps may be in flight.
+//!
+//! Sequences are served by rank: first come, first served, but for priorities. Where pages run out, the last by rank loses its
+//! own: it is *preempted*. It keeps its seat, and so on the device all that the sampler knows of it (budget, penalties, random
+//! numbers); what it has streamed stays, tokens in flight still arrive, and when there is room again its keys and values are
+//! computed anew from its tokens. The first by rank is never preempted, so it ends; then another is first: nobody starves.
+//!
+//! Invariant ([`Scheduler::check`]): whoever is preempted is behind all that hold pages. Knows no device and no text.
 
 use crate::batch::{Batch, Finish, PrefillChunk, SlotSetup, TokenEvent, Work};
-use crate::blocks::Blocks;
-use std::collections::{BTreeMap, VecDeque};
+use crate::blocks::{Blocks, PageHash};
+use std::collections::{BTreeMap, HashMap};
 
-/// What the device has room for.
+/// What the device has room for, and how to use it.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Slot 0 is reserved.
@@ -21,6 +26,9 @@ pub struct Limits {
     pub rows: u32,
     /// Most prompt tokens in one step.
     pub prefill_tokens: u32,
+    /// A sequence's tokens depend on nothing but itself. Decoding rounds otherwise than prefill, so nothing is preempted (a
+    /// sequence begins when its longest form fits beside the others'), and pages are shared only where prefill made them.
+    pub deterministic: bool,
 }
 
 impl Limits {
@@ -30,58 +38,120 @@ impl Limits {
     }
 }
 
+/// A sequence to be served.
+#[derive(Clone, Debug)]
+pub struct Submission {
+    /// Its slot is filled in on admission. Serials rise.
+    pub setup: SlotSetup,
+    /// How many sequences that came earlier it goes before; so it delays nobody for ever.
+    pub priority: u32,
+    /// Whose sequences it may share pages with ([`PageHash::root`]).
+    pub tenant: PageHash,
+    /// Serial of an earlier sequence with the same prompt: where that one has just computed it, nothing is computed twice.
+    pub fork_of: Option<u32>,
+}
+
+/// What has happened since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub preemptions: u64,
+    /// Tokens whose keys and values were computed from known tokens, and those that were found.
+    pub prefilled_tokens: u64,
+    pub found_tokens: u64,
+}
+
+/// Smaller goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    place: i64,
+    serial: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Waiting(Rank),
+    Seated(u32),
+}
+
+struct Sequence {
+    rank: Rank,
+    setup: SlotSetup,
+    /// Prompt, and what was generated as far as the host has seen it.
+    tokens: Vec<u32>,
+    /// Names of the full pages of `tokens`.
+    hashes: Vec<PageHash>,
+    tenant: PageHash,
+    fork_of: Option<u32>,
+    stage: Stage,
+    /// Tokens of the prompt.
+    prompt: u32,
+    /// Most tokens to generate.
+    most: u32,
+    /// Tokens generated, or to come from a step in flight.
+    launched: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// So many of its tokens are in the cache, or in a step in flight; pages are there for all of them.
+    Prefill(u32),
+    Decode,
+    /// No pages. Also before admission.
+    Out,
+}
+
+impl Sequence {
+    /// Tokens generated that the host has seen.
+    fn received(&self) -> u32 {
+        self.tokens.len() as u32 - self.prompt
+    }
+
+    fn wants_decode(&self) -> bool {
+        self.stage == Stage::Decode && self.launched < self.most
+    }
+
+    /// Tokens whose K and V are, or will be, in the cache after the steps launched. Those of the last token never are.
+    fn cached(&self) -> u32 {
+        self.prompt + self.launched.max(1) - 1
+    }
+
+    /// Tokens in the cache when it is at its longest.
+    fn longest(&self) -> u32 {
+        self.prompt + self.most - 1
+    }
+
+    /// Names of the pages that it may find computed: the last token is computed in any case, because its logits are needed.
+    fn findable(&self, page_tokens: u32) -> &[PageHash] {
+        &self.hashes[..(self.tokens.len() - 1) / page_tokens as usize]
+    }
+
+    /// Names the pages that have become full.
+    fn name_pages(&mut self, page_tokens: u32) {
+        let full = self.tokens.chunks_exact(page_tokens as usize);
+        for page in full.skip(self.hashes.len()) {
+            let before = self.hashes.last().unwrap_or(&self.tenant);
+            self.hashes.push(before.then(page));
+        }
+    }
+}
+
 pub struct Scheduler {
     limits: Limits,
     blocks: Blocks,
-    waiting: VecDeque<SlotSetup>,
+    waiting: BTreeMap<Rank, Sequence>,
     /// By slot.
-    running: BTreeMap<u32, Running>,
+    seats: Vec<Option<Sequence>>,
+    /// Who is seated, by rank; the first `holders` hold pages, the others are preempted.
+    order: Vec<(Rank, u32)>,
+    holders: usize,
+    places: HashMap<u32, Place>,
     free_slots: Vec<u32>,
     /// Slots that the device must be told about: their sequences did not end by themselves.
     releases: Vec<u32>,
     prefilled_last: bool,
-    /// The highest slot of the last decode step: where there are more sequences than rows, those after it are next.
-    decoded_last: u32,
-}
-
-struct Running {
-    setup: SlotSetup,
-    /// Prompt tokens in the cache, or in a step in flight.
-    prefilled: u32,
-    /// Tokens generated, or to come from a step in flight.
-    launched: u32,
-    /// Tokens generated that the host has seen.
-    received: u32,
-}
-
-/// How many tokens a sequence can generate.
-fn most_generated(setup: &SlotSetup) -> u32 {
-    setup.max_generated.min(setup.max_length + setup.generated - setup.tokens.len() as u32)
-}
-
-impl Running {
-    fn prompt(&self) -> u32 {
-        self.setup.tokens.len() as u32
-    }
-
-    fn is_prefilling(&self) -> bool {
-        self.prefilled < self.prompt()
-    }
-
-    fn wants_decode(&self) -> bool {
-        !self.is_prefilling() && self.launched < most_generated(&self.setup)
-    }
-
-    /// Tokens whose K and V are, or will be, in the cache. Those of the last token never are.
-    fn cached(&self) -> u32 {
-        let new = self.launched - self.setup.generated;
-        self.prefilled + new.saturating_sub(1)
-    }
-}
-
-/// Tokens in the cache when the sequence is at its longest.
-fn longest(setup: &SlotSetup) -> u32 {
-    setup.tokens.len() as u32 + (most_generated(setup) - setup.generated).saturating_sub(1)
+    /// The last of the last decode step: where there are more sequences than rows, those after it are next.
+    decoded_last: Option<Rank>,
+    counters: Counters,
 }
 
 impl Scheduler {
@@ -90,50 +160,87 @@ impl Scheduler {
         Scheduler {
             limits,
             blocks: Blocks::new(limits.pages, limits.slots, limits.page_tokens),
-            waiting: VecDeque::new(),
-            running: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            seats: (0..limits.slots).map(|_| None).collect(),
+            order: Vec::new(),
+            holders: 0,
+            places: HashMap::new(),
             free_slots: (1..limits.slots).rev().collect(),
             releases: Vec::new(),
             prefilled_last: false,
-            decoded_last: 0,
+            decoded_last: None,
+            counters: Counters::default(),
         }
     }
 
-    /// Puts a sequence last in the queue. Its slot is filled in on admission.
-    pub fn submit(&mut self, setup: SlotSetup) {
+    pub fn submit(&mut self, submission: Submission) {
+        let Submission { mut setup, priority, tenant, fork_of } = submission;
         let prompt = setup.tokens.len() as u32;
-        assert!(setup.generated <= prompt && prompt < setup.max_length, "the engine refuses prompts without room");
+        assert!(0 < prompt && prompt < setup.max_length, "the engine refuses prompts without room");
         assert!(setup.max_length <= self.limits.context(), "the engine knows how long a sequence can be");
-        assert!(setup.generated < most_generated(&setup), "nothing to generate");
-        self.waiting.push_back(setup);
+        assert!(setup.max_generated > 0, "nothing to generate");
+        let rank = Rank { place: i64::from(setup.serial) - i64::from(priority), serial: setup.serial };
+        let most = setup.max_generated.min(setup.max_length - prompt);
+        let tokens = std::mem::take(&mut setup.tokens);
+        let mut sequence = Sequence {
+            rank,
+            setup,
+            tokens,
+            hashes: Vec::new(),
+            tenant,
+            fork_of,
+            stage: Stage::Out,
+            prompt,
+            most,
+            launched: 0,
+        };
+        sequence.name_pages(self.limits.page_tokens);
+        let before = self.places.insert(rank.serial, Place::Waiting(rank));
+        assert!(before.is_none(), "serial {} is taken", rank.serial);
+        self.waiting.insert(rank, sequence);
     }
 
     /// Ends a sequence before its time. False when it is unknown or has ended.
     pub fn cancel(&mut self, serial: u32) -> bool {
-        if let Some(index) = self.waiting.iter().position(|s| s.serial == serial) {
-            self.waiting.remove(index);
-            return true;
+        match self.places.get(&serial) {
+            None => return false,
+            Some(Place::Waiting(rank)) => {
+                self.waiting.remove(rank).expect("it waits");
+                self.places.remove(&serial);
+            }
+            Some(&Place::Seated(slot)) => {
+                self.end(slot);
+                self.releases.push(slot);
+            }
         }
-        let Some(slot) = self.running.iter().find(|(_, r)| r.setup.serial == serial).map(|(&slot, _)| slot) else {
-            return false;
-        };
-        self.end(slot);
-        self.releases.push(slot);
         true
     }
 
     /// Takes note of a token. False when it ran past the end: its sequence has ended already.
     pub fn received(&mut self, event: &TokenEvent) -> bool {
-        let Some(running) = self.running.get_mut(&event.slot).filter(|r| r.setup.serial == event.serial) else {
+        let seat = self.seats[event.slot as usize].as_mut();
+        let Some(sequence) = seat.filter(|s| s.rank.serial == event.serial) else {
             return false;
         };
         if event.finish == Some(Finish::Error) {
+            // Its keys and values may be what is wrong.
+            self.blocks.forget(event.slot);
             self.end(event.slot);
             return true;
         }
-        running.received += 1;
-        assert_eq!(running.setup.generated + running.received, event.generated, "a token was lost or repeated");
-        assert!(event.generated <= running.launched, "a token without a step");
+        // The step that made this token has put those before it into the cache.
+        let cached = sequence.tokens.len() as u32;
+        sequence.tokens.push(event.token);
+        assert_eq!(sequence.received(), event.generated, "a token was lost or repeated");
+        assert!(event.generated <= sequence.launched, "a token without a step");
+        let page_tokens = self.limits.page_tokens;
+        if (cached + 1).is_multiple_of(page_tokens) {
+            sequence.name_pages(page_tokens);
+        }
+        if cached.is_multiple_of(page_tokens) && sequence.stage == Stage::Decode && !self.limits.deterministic {
+            let index = cached / page_tokens - 1;
+            self.blocks.publish(event.slot, index, sequence.hashes[index as usize]);
+        }
         if event.finish.is_some() {
             self.end(event.slot);
         }
@@ -141,22 +248,34 @@ impl Scheduler {
     }
 
     fn end(&mut self, slot: u32) {
-        self.running.remove(&slot).expect("the slot is in use");
+        let sequence = self.seats[slot as usize].take().expect("the slot is in use");
+        let at = self.order.binary_search(&(sequence.rank, slot)).expect("who is seated is in order");
+        self.order.remove(at);
+        self.holders -= usize::from(at < self.holders);
+        self.places.remove(&sequence.rank.serial);
         self.blocks.release(slot);
         self.free_slots.push(slot);
+    }
+
+    fn seated(&self, slot: u32) -> &Sequence {
+        self.seats[slot as usize].as_ref().expect("who is in order is seated")
     }
 
     /// The next step, or none when every sequence waits for tokens in flight or for room.
     pub fn plan(&mut self) -> Option<Batch> {
         let mut batch = Batch::default();
-        self.admit(&mut batch);
-        let prefilling = self.running.values().any(Running::is_prefilling);
-        let decoding = self.running.values().any(Running::wants_decode);
+        let decoding = self.order[..self.holders].iter().any(|&(_, slot)| self.seated(slot).wants_decode());
         // In turns, so that neither a long prompt nor a flood of short ones keeps the others waiting.
-        if prefilling && !(decoding && self.prefilled_last) {
+        let prefill_first = !(decoding && self.prefilled_last);
+        if prefill_first {
             self.prefill(&mut batch);
-        } else if decoding {
+        }
+        if decoding && matches!(batch.work, Work::Nothing) {
             self.decode(&mut batch);
+        }
+        // Where all that decode wait for pages, whose room they wait for may still be at its prompt.
+        if !prefill_first && matches!(batch.work, Work::Nothing) {
+            self.prefill(&mut batch);
         }
         self.prefilled_last = matches!(batch.work, Work::Prefill(_));
         // A slot that has a new sequence is no longer the old one's to release.
@@ -166,89 +285,241 @@ impl Scheduler {
         (!idle).then_some(batch)
     }
 
-    /// First come, first served: who does not fit yet holds up those behind.
-    fn admit(&mut self, batch: &mut Batch) {
-        while let (Some(next), Some(&slot)) = (self.waiting.front(), self.free_slots.last()) {
-            let promised: u32 = self.running.iter().map(|(&slot, r)| self.promised(slot, r)).sum();
-            if promised + self.blocks.pages_for(longest(next)) > self.blocks.free() {
-                break;
-            }
-            self.free_slots.pop();
-            let setup = SlotSetup { slot, ..self.waiting.pop_front().expect("there is a next one") };
-            batch.admissions.push(setup.clone());
-            let launched = setup.generated;
-            self.running.insert(slot, Running { setup, prefilled: 0, launched, received: 0 });
-        }
-    }
-
-    /// Pages that a sequence may still ask for.
-    fn promised(&self, slot: u32, running: &Running) -> u32 {
-        self.blocks.pages_for(longest(&running.setup)) - self.blocks.held(slot)
-    }
-
+    /// Prompts that have begun go on; while the step has room for more, the next begin.
     fn prefill(&mut self, batch: &mut Batch) {
         let mut room = self.limits.prefill_tokens;
+        let rows = self.limits.rows as usize;
         let mut chunks = Vec::new();
-        for (&slot, running) in self.running.iter_mut().filter(|(_, r)| r.is_prefilling()) {
-            if room == 0 || chunks.len() as u32 == self.limits.rows {
-                break;
+        for i in 0..self.holders {
+            let slot = self.order[i].1;
+            if room > 0 && chunks.len() < rows && matches!(self.seated(slot).stage, Stage::Prefill(_)) {
+                chunks.push(self.chunk(slot, &mut room));
             }
-            let position = running.prefilled;
-            let end = running.prompt().min(position + room);
-            let tokens = running.setup.tokens[position as usize..end as usize].to_vec();
-            let last = end == running.prompt();
-            room -= end - position;
-            running.prefilled = end;
-            running.launched += u32::from(last);
-            self.blocks.grow(slot, running.cached(), &mut batch.pages);
-            chunks.push(PrefillChunk { slot, tokens, position, last });
         }
-        batch.work = Work::Prefill(chunks);
+        while room > 0 && chunks.len() < rows {
+            let Some(slot) = self.admit(batch, &chunks) else { break };
+            chunks.push(self.chunk(slot, &mut room));
+        }
+        if !chunks.is_empty() {
+            batch.work = Work::Prefill(chunks);
+        }
     }
 
-    fn decode(&mut self, batch: &mut Batch) {
-        let ready = || self.running.iter().filter(|(_, r)| r.wants_decode()).map(|(&slot, _)| slot);
-        let after = ready().filter(|&slot| slot > self.decoded_last);
-        let before = ready().filter(|&slot| slot <= self.decoded_last);
-        let slots: Vec<u32> = after.chain(before).take(self.limits.rows as usize).collect();
-        self.decoded_last = *slots.last().expect("somebody wants to decode");
-        for &slot in &slots {
-            let running = self.running.get_mut(&slot).expect("it is ready");
-            running.launched += 1;
-            self.blocks.grow(slot, running.cached(), &mut batch.pages);
+    /// The next tokens of a prompt, as many as there is room for.
+    fn chunk(&mut self, slot: u32, room: &mut u32) -> PrefillChunk {
+        let page_tokens = self.limits.page_tokens;
+        let sequence = self.seats[slot as usize].as_mut().expect("who is in order is seated");
+        let Stage::Prefill(position) = sequence.stage else { panic!("slot {slot} has no prompt to go on with") };
+        let all = sequence.tokens.len() as u32;
+        let end = all.min(position + *room);
+        let last = end == all;
+        sequence.stage = if last { Stage::Decode } else { Stage::Prefill(end) };
+        sequence.launched += u32::from(last);
+        for index in position / page_tokens..end / page_tokens {
+            self.blocks.publish(slot, index, sequence.hashes[index as usize]);
         }
-        batch.work = Work::Decode(slots);
+        *room -= end - position;
+        self.counters.prefilled_tokens += u64::from(end - position);
+        let tokens = sequence.tokens[position as usize..end as usize].to_vec();
+        PrefillChunk { slot, tokens, position, last }
+    }
+
+    /// Gives the next sequence in order pages for all its tokens, and a seat if it has none. Who does not fit yet holds up
+    /// those behind.
+    fn admit(&mut self, batch: &mut Batch, chunks: &[PrefillChunk]) -> Option<u32> {
+        let preempted = self.order.get(self.holders).copied();
+        let waiting = self.waiting.first_key_value().map(|(&rank, _)| rank);
+        let resumed = preempted.filter(|&(rank, _)| waiting.is_none_or(|w| rank < w));
+        let (slot, parent) = match (resumed, waiting) {
+            (Some((_, slot)), _) => {
+                let sequence = self.seated(slot);
+                // Tokens in flight belong to what must be computed anew.
+                if sequence.received() < sequence.launched || !self.fits(sequence, None) {
+                    return None;
+                }
+                (slot, None)
+            }
+            (None, Some(rank)) => {
+                let sequence = &self.waiting[&rank];
+                let parent = self.parent(sequence);
+                // What it is to take over must have been computed by a step before this one.
+                let early = |slot| self.seated(slot).stage != Stage::Decode || chunks.iter().any(|c| c.slot == slot);
+                if parent.is_some_and(early) || !self.fits(sequence, parent) {
+                    return None;
+                }
+                (self.seat(rank, batch)?, parent)
+            }
+            (None, None) => return None,
+        };
+        let sequence = self.seats[slot as usize].as_mut().expect("it has a seat now");
+        let all = sequence.tokens.len() as u32;
+        let done = match parent {
+            Some(parent) => {
+                self.blocks.fork(parent, slot, all, &mut batch.pages, &mut batch.copies);
+                all - 1
+            }
+            None => {
+                let findable = sequence.findable(self.limits.page_tokens);
+                let found = self.blocks.attach(slot, findable, &mut batch.pages);
+                self.blocks.grow(slot, all, &mut batch.pages);
+                found * self.limits.page_tokens
+            }
+        };
+        sequence.stage = Stage::Prefill(done);
+        self.holders += 1;
+        self.counters.found_tokens += u64::from(done);
+        Some(slot)
+    }
+
+    /// The slot of the sequence that this one is a fork of, if its prompt is, or is about to be, in the cache.
+    fn parent(&self, sequence: &Sequence) -> Option<u32> {
+        let Some(Place::Seated(slot)) = self.places.get(&sequence.fork_of?) else { return None };
+        let parent = self.seated(*slot);
+        let same = parent.tokens[..parent.prompt as usize] == sequence.tokens && parent.tenant == sequence.tenant;
+        (parent.stage != Stage::Out && same).then_some(*slot)
+    }
+
+    fn fits(&self, sequence: &Sequence, parent: Option<u32>) -> bool {
+        let deterministic = self.limits.deterministic;
+        let tokens = if deterministic { sequence.longest() } else { sequence.tokens.len() as u32 };
+        let demand = match parent {
+            Some(_) => self.blocks.pages_for(tokens) + 1 - self.blocks.pages_for(sequence.prompt),
+            None => self.blocks.demand(sequence.findable(self.limits.page_tokens), tokens),
+        };
+        // A page for everybody who runs, so that the next steps need not take back at once what is given now.
+        let reserved = if deterministic { self.promised() } else { self.holders as u32 };
+        demand + reserved <= self.blocks.available()
+    }
+
+    /// Pages that those who hold some may still ask for.
+    fn promised(&self) -> u32 {
+        let promised =
+            |&(_, slot): &(Rank, u32)| self.blocks.pages_for(self.seated(slot).longest()) - self.blocks.held(slot);
+        self.order[..self.holders].iter().map(promised).sum()
+    }
+
+    /// Seats the first that waits, if a slot is free.
+    fn seat(&mut self, rank: Rank, batch: &mut Batch) -> Option<u32> {
+        let slot = self.free_slots.pop()?;
+        let sequence = self.waiting.remove(&rank).expect("it is the first");
+        batch.admissions.push(SlotSetup { slot, tokens: sequence.tokens.clone(), ..sequence.setup.clone() });
+        let at = self.order.binary_search(&(rank, slot)).expect_err("it has not been seated yet");
+        self.order.insert(at, (rank, slot));
+        self.places.insert(rank.serial, Place::Seated(slot));
+        self.seats[slot as usize] = Some(sequence);
+        Some(slot)
+    }
+
+    /// One token for each that wants one, as far as there are rows and pages.
+    fn decode(&mut self, batch: &mut Batch) {
+        let wants = |&&(_, slot): &&(Rank, u32)| self.seated(slot).wants_decode();
+        let mut ready: Vec<(Rank, u32)> = self.order[..self.holders].iter().filter(wants).copied().collect();
+        let rows = self.limits.rows as usize;
+        if ready.len() > rows {
+            let served = ready.partition_point(|&(rank, _)| Some(rank) <= self.decoded_last);
+            ready.rotate_left(served);
+            ready.truncate(rows);
+            self.decoded_last = ready.last().map(|&(rank, _)| rank);
+            ready.sort_unstable();
+        }
+        let mut slots = Vec::with_capacity(ready.len());
+        for (_, slot) in ready {
+            if self.find_page(slot) {
+                let sequence = self.seats[slot as usize].as_mut().expect("it is ready");
+                sequence.launched += 1;
+                self.blocks.grow(slot, sequence.cached(), &mut batch.pages);
+                slots.push(slot);
+            }
+        }
+        if !slots.is_empty() {
+            batch.work = Work::Decode(slots);
+        }
+    }
+
+    /// Whether there is a page for the next token; preempts those behind until there is. The last of all waits for one.
+    fn find_page(&mut self, slot: u32) -> bool {
+        let sequence = self.seated(slot);
+        if sequence.stage != Stage::Decode {
+            // Preempted by somebody in this very step.
+            return false;
+        }
+        if self.blocks.pages_for(sequence.prompt + sequence.launched) <= self.blocks.held(slot) {
+            return true;
+        }
+        while self.blocks.available() == 0 {
+            let (_, last) = self.order[self.holders - 1];
+            if last == slot {
+                return false;
+            }
+            assert!(!self.limits.deterministic, "more was promised than there is");
+            self.blocks.release(last);
+            self.seats[last as usize].as_mut().expect("who is in order is seated").stage = Stage::Out;
+            self.holders -= 1;
+            self.counters.preemptions += 1;
+        }
+        true
     }
 
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
+    /// Sequences with a seat, and how many of them are preempted.
     pub fn running(&self) -> usize {
-        self.running.len()
+        self.order.len()
     }
 
-    /// Pages in use, and pages that sequences can use.
+    pub fn preempted(&self) -> usize {
+        self.order.len() - self.holders
+    }
+
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Pages that sequences hold, and pages that they could.
     pub fn pages(&self) -> (u32, u32) {
         let usable = self.limits.pages - 1;
-        (usable - self.blocks.free(), usable)
+        (usable - self.blocks.available(), usable)
     }
 
     /// Panics unless the books balance.
     pub fn check(&self) {
         self.blocks.check();
-        let promised: u32 = self.running.iter().map(|(&slot, r)| self.promised(slot, r)).sum();
-        assert!(promised <= self.blocks.free(), "more is promised than there is");
-        assert_eq!(self.running.len() + self.free_slots.len(), self.limits.slots as usize - 1, "a slot is lost");
+        assert!(self.order.is_sorted(), "out of order");
+        assert_eq!(self.order.len() + self.free_slots.len(), self.limits.slots as usize - 1, "a slot is lost");
+        assert_eq!(self.seats.iter().flatten().count(), self.order.len(), "a seat out of order");
+        assert_eq!(self.places.len(), self.order.len() + self.waiting.len(), "a place without a sequence");
         for &slot in &self.free_slots {
-            assert!(!self.running.contains_key(&slot), "slot {slot} is free and in use");
+            assert!(self.seats[slot as usize].is_none(), "slot {slot} is free and in use");
             assert_eq!(self.blocks.held(slot), 0, "free slot {slot} holds pages");
         }
-        for (&slot, r) in &self.running {
-            assert!(r.prefilled <= r.prompt(), "more prompt than there is");
-            assert!(r.setup.generated + r.received <= r.launched, "a token before its step");
-            assert!(r.launched <= most_generated(&r.setup), "more steps than tokens wanted");
-            assert_eq!(self.blocks.held(slot), self.blocks.pages_for(r.cached()), "pages of slot {slot}");
+        for (&rank, s) in &self.waiting {
+            assert_eq!((s.rank, s.stage, s.launched), (rank, Stage::Out, 0), "it has not begun");
+            assert_eq!(self.places.get(&rank.serial), Some(&Place::Waiting(rank)));
+        }
+        for (i, &(rank, slot)) in self.order.iter().enumerate() {
+            let s = self.seated(slot);
+            assert_eq!(self.places.get(&rank.serial), Some(&Place::Seated(slot)));
+            assert_eq!(s.rank, rank);
+            assert!(s.received() <= s.launched, "a token before its step");
+            assert!(s.launched <= s.most, "more steps than tokens wanted");
+            assert_eq!(s.hashes.len(), s.tokens.len() / self.limits.page_tokens as usize, "names of pages");
+            assert_eq!(i < self.holders, s.stage != Stage::Out, "slot {slot} is preempted before another");
+            let tokens = match s.stage {
+                Stage::Prefill(done) => {
+                    assert!((done as usize) < s.tokens.len(), "more prompt than there is");
+                    assert_eq!(s.received(), s.launched, "tokens in flight would be missing");
+                    s.tokens.len() as u32
+                }
+                Stage::Decode => s.cached(),
+                Stage::Out => 0,
+            };
+            assert_eq!(self.blocks.held(slot), self.blocks.pages_for(tokens), "pages of slot {slot}");
+        }
+        if self.limits.deterministic {
+            assert!(self.promised() <= self.blocks.available(), "more is promised than there is");
+            assert_eq!(self.preempted(), 0, "preempted");
         }
     }
 }

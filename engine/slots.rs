@@ -89,7 +89,6 @@ impl Slots {
 
     /// Seats a sequence, in stream order. It is active from now on.
     pub fn admit(&self, setup: &SlotSetup) -> Result<()> {
-        assert_eq!(setup.generated, 0, "no sequence is resumed");
         let slot = setup.slot as usize;
         let SamplingParams { logit_bias, allowed, .. } = &setup.sampling;
         let mut pool = Pool { first: setup.slot * POOL_PER_SLOT, ids: Vec::new() };

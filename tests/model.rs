@@ -76,7 +76,6 @@ impl Runner {
             slot: 1,
             serial: 7,
             tokens: prompt.to_vec(),
-            generated: 0,
             max_generated,
             max_length: 512,
             eos_ids: self.config.eos_token_ids.clone(),

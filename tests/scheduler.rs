@@ -1,28 +1,38 @@
-//! Scheduler and block tables under random submissions, cancellations, ends and run-ahead: after every operation the books
-//! balance, and an independent model of the device finds nothing amiss in any batch.
+//! Scheduler and pages under random submissions, forks, priorities, cancellations, ends, preemptions and run-ahead: after every
+//! operation the books balance, a device that remembers what is in every page finds nothing amiss in any batch, and every
+//! sequence gets the tokens that it gets alone.
 
 use crate::random::Random;
-use ponder::batch::{Batch, Finish, SamplingParams, SlotSetup, TokenEvent, Work};
-use ponder::blocks::Blocks;
-use ponder::scheduler::{Limits, Scheduler};
+use ponder::batch::{Batch, Finish, PrefillChunk, SamplingParams, SlotSetup, TokenEvent, Work};
+use ponder::blocks::PageHash;
+use ponder::scheduler::{Counters, Limits, Scheduler, Submission};
 use std::collections::{BTreeMap, VecDeque};
 
-const LIMITS: Limits = Limits { slots: 9, pages: 40, page_tokens: 8, rows: 4, prefill_tokens: 24 };
+const LIMITS: Limits =
+    Limits { slots: 9, pages: 40, page_tokens: 8, rows: 4, prefill_tokens: 24, deterministic: false };
 
-fn setup(serial: u32, prompt: u32, max_generated: u32) -> SlotSetup {
-    let tokens = (0..prompt).map(|i| serial * 1000 + i).collect();
-    let max_length = LIMITS.context();
+fn setup(serial: u32, tokens: Vec<u32>, max_generated: u32, limits: &Limits) -> SlotSetup {
+    let max_length = limits.context();
     SlotSetup {
         slot: 0,
         serial,
         tokens,
-        generated: 0,
         max_generated,
         max_length,
         eos_ids: vec![],
         sampling: sampling(),
         budget: None,
     }
+}
+
+/// A prompt that shares nothing with others.
+fn own(serial: u32, prompt: u32, max_generated: u32) -> Submission {
+    let tokens = (0..prompt).map(|i| serial * 1000 + i).collect();
+    submission(setup(serial, tokens, max_generated, &LIMITS))
+}
+
+fn submission(setup: SlotSetup) -> Submission {
+    Submission { setup, priority: 0, tenant: PageHash::root(""), fork_of: None }
 }
 
 fn sampling() -> SamplingParams {
@@ -44,71 +54,103 @@ fn sampling() -> SamplingParams {
     }
 }
 
+/// Of a token and all before it.
+fn follow(before: u64, token: u32) -> u64 {
+    Random(before ^ u64::from(token) << 20).next()
+}
+
+/// The token that comes after those that `history` stands for, and whether it ends the sequence.
+fn next_token(serial: u32, history: u64) -> (u32, bool) {
+    let bits = Random(history ^ u64::from(serial)).next();
+    ((bits >> 8) as u32 % 1000, bits.is_multiple_of(40))
+}
+
+/// What a sequence comes to when it is alone.
+fn alone(setup: &SlotSetup) -> Vec<u32> {
+    let mut history = setup.tokens.iter().fold(0, |h, &t| follow(h, t));
+    let most = setup.max_generated.min(setup.max_length - setup.tokens.len() as u32);
+    let mut tokens = Vec::new();
+    while (tokens.len() as u32) < most {
+        let (token, stop) = next_token(setup.serial, history);
+        tokens.push(token);
+        history = follow(history, token);
+        if stop {
+            break;
+        }
+    }
+    tokens
+}
+
 /// What a device keeps of a slot.
 struct Seat {
     setup: SlotSetup,
-    prefilled: u32,
-    generated: u32,
+    tokens: Vec<u32>,
     active: bool,
     table: Vec<u32>,
 }
 
-/// A device that checks what it is told to do, with no arithmetic. Tokens come back a random number of steps later.
+/// A device that checks what it is told to do, with hashes for keys and values: what is in a page says which tokens stand
+/// before it. Tokens come back a random number of steps later.
 struct Device {
+    limits: Limits,
     seats: BTreeMap<u32, Seat>,
-    /// Which (serial, index) each page belongs to.
-    pages: BTreeMap<u32, (u32, u32)>,
+    /// Of each page.
+    pages: Vec<Vec<u64>>,
     in_flight: VecDeque<Vec<TokenEvent>>,
-    random: Random,
 }
 
 impl Device {
+    fn new(limits: Limits) -> Device {
+        let pages = vec![vec![0; limits.page_tokens as usize]; limits.pages as usize];
+        Device { limits, seats: BTreeMap::new(), pages, in_flight: VecDeque::new() }
+    }
+
     fn run(&mut self, batch: &Batch) {
+        let limits = self.limits;
         for setup in &batch.admissions {
-            assert!(setup.slot > 0 && setup.slot < LIMITS.slots);
+            assert!(setup.slot > 0 && setup.slot < limits.slots);
             assert!(!batch.releases.contains(&setup.slot), "a new sequence would be released");
-            let seat = Seat { setup: setup.clone(), prefilled: 0, generated: 0, active: true, table: vec![] };
+            let seat = Seat { setup: setup.clone(), tokens: setup.tokens.clone(), active: true, table: vec![] };
             self.seats.insert(setup.slot, seat);
         }
         for slot in &batch.releases {
             self.seats.get_mut(slot).expect("a released slot was in use").active = false;
         }
         for entry in &batch.pages {
-            let seat = self.seats.get_mut(&entry.slot).expect("pages for a slot in use");
-            assert_eq!(seat.table.len() as u32, entry.index, "block tables grow in order");
-            assert!(entry.page > 0 && entry.page < LIMITS.pages);
-            seat.table.push(entry.page);
-            self.pages.insert(entry.page, (seat.setup.serial, entry.index));
+            assert!(entry.page > 0 && entry.page < limits.pages);
+            let table = &mut self.seats.get_mut(&entry.slot).expect("pages for a slot in use").table;
+            table.truncate(entry.index as usize);
+            assert_eq!(table.len() as u32, entry.index, "block tables grow in order");
+            table.push(entry.page);
+        }
+        for copy in &batch.copies {
+            self.pages[copy.to as usize] = self.pages[copy.from as usize].clone();
         }
         let mut events = Vec::new();
         match &batch.work {
             Work::Nothing => assert!(!batch.releases.is_empty(), "a batch without a purpose"),
             Work::Prefill(chunks) => {
-                assert!(chunks.len() as u32 <= LIMITS.rows);
-                assert!(chunks.iter().map(|c| c.tokens.len() as u32).sum::<u32>() <= LIMITS.prefill_tokens);
+                assert!(chunks.len() as u32 <= limits.rows);
+                assert!(chunks.iter().map(|c| c.tokens.len() as u32).sum::<u32>() <= limits.prefill_tokens);
+                // As the kernels do: what all rows append, then what they read.
+                chunks.iter().for_each(|chunk| self.append(chunk));
                 for chunk in chunks {
-                    let seat = self.seats.get_mut(&chunk.slot).unwrap();
-                    let end = chunk.position as usize + chunk.tokens.len();
-                    assert_eq!(chunk.position, seat.prefilled, "chunks follow each other");
-                    assert_eq!(chunk.tokens, seat.setup.tokens[chunk.position as usize..end]);
-                    assert_eq!(chunk.last, end == seat.setup.tokens.len());
-                    assert!(!chunk.tokens.is_empty());
-                    seat.prefilled = end as u32;
-                    self.sees_own_pages(chunk.slot, end as u32);
-                    if chunk.last {
-                        events.extend(self.sample(chunk.slot));
-                    }
+                    let end = chunk.position + chunk.tokens.len() as u32;
+                    let history = self.read(chunk.slot, end);
+                    assert_eq!(chunk.last, end == self.seats[&chunk.slot].tokens.len() as u32);
+                    events.extend(chunk.last.then(|| self.sample(chunk.slot, history)).flatten());
                 }
             }
             Work::Decode(slots) => {
-                assert!(!slots.is_empty() && slots.len() as u32 <= LIMITS.rows);
+                assert!(!slots.is_empty() && slots.len() as u32 <= limits.rows);
                 for (i, &slot) in slots.iter().enumerate() {
                     assert!(!slots[..i].contains(&slot), "slot {slot} twice in a step");
                     let seat = &self.seats[&slot];
-                    assert_eq!(seat.prefilled as usize, seat.setup.tokens.len(), "decode before the prompt is in");
                     if seat.active {
-                        self.sees_own_pages(slot, seat.prefilled + seat.generated);
-                        events.extend(self.sample(slot));
+                        let (position, token) = (seat.tokens.len() as u32 - 1, *seat.tokens.last().unwrap());
+                        self.append(&PrefillChunk { slot, tokens: vec![token], position, last: true });
+                        let history = self.read(slot, position + 1);
+                        events.extend(self.sample(slot, history));
                     }
                 }
             }
@@ -116,33 +158,55 @@ impl Device {
         self.in_flight.push_back(events);
     }
 
-    /// The cache of a sequence up to `tokens` lies in pages that nobody has written to since.
-    fn sees_own_pages(&self, slot: u32, tokens: u32) {
-        let seat = &self.seats[&slot];
-        for index in 0..tokens.div_ceil(LIMITS.page_tokens) {
-            let page = seat.table.get(index as usize).expect("no page for a token");
-            assert_eq!(self.pages[page], (seat.setup.serial, index), "page {page} was given away");
+    fn append(&mut self, chunk: &PrefillChunk) {
+        let seat = &self.seats[&chunk.slot];
+        assert!(!chunk.tokens.is_empty());
+        for (&token, position) in chunk.tokens.iter().zip(chunk.position..) {
+            assert_eq!(seat.tokens[position as usize], token, "another sequence's token");
+            let before = if position == 0 { 0 } else { self.at(seat, position - 1) };
+            let size = self.limits.page_tokens;
+            self.pages[seat.table[(position / size) as usize] as usize][(position % size) as usize] =
+                follow(before, token);
         }
     }
 
-    fn sample(&mut self, slot: u32) -> Option<TokenEvent> {
+    fn at(&self, seat: &Seat, position: u32) -> u64 {
+        let size = self.limits.page_tokens;
+        self.pages[seat.table[(position / size) as usize] as usize][(position % size) as usize]
+    }
+
+    /// Attention: everything up to there is what this sequence's tokens make it.
+    fn read(&self, slot: u32, tokens: u32) -> u64 {
+        let seat = &self.seats[&slot];
+        let mut history = 0;
+        for (&token, position) in seat.tokens.iter().zip(0..tokens) {
+            history = follow(history, token);
+            assert_eq!(self.at(seat, position), history, "position {position} of serial {}", seat.setup.serial);
+        }
+        history
+    }
+
+    fn sample(&mut self, slot: u32, history: u64) -> Option<TokenEvent> {
         let seat = self.seats.get_mut(&slot).unwrap();
-        seat.generated += 1;
-        let full = seat.generated == seat.setup.max_generated
-            || seat.setup.tokens.len() as u32 + seat.generated == seat.setup.max_length;
-        let stop = self.random.below(20) == 0;
+        if !seat.active {
+            return None;
+        }
+        let (token, stop) = next_token(seat.setup.serial, history);
+        seat.tokens.push(token);
+        let generated = (seat.tokens.len() - seat.setup.tokens.len()) as u32;
+        let full = generated == seat.setup.max_generated || seat.tokens.len() as u32 == seat.setup.max_length;
         let finish = if stop { Some(Finish::Stop) } else { full.then_some(Finish::Length) };
         seat.active = finish.is_none();
         Some(TokenEvent {
             serial: seat.setup.serial,
             slot,
-            token: 7,
+            token,
             injected: false,
             reasoning: false,
             delimiter: false,
             max_hit: false,
             finish,
-            generated: seat.generated,
+            generated,
             ignores_used: 0,
             reasoning_tokens: 0,
             logprob: 0.0,
@@ -151,46 +215,74 @@ impl Device {
     }
 }
 
-#[test]
-fn random_operations_keep_the_books() {
-    let mut scheduler = Scheduler::new(LIMITS);
-    let mut device =
-        Device { seats: BTreeMap::new(), pages: BTreeMap::new(), in_flight: VecDeque::new(), random: Random(1) };
-    let mut random = Random(2);
-    let mut open: BTreeMap<u32, u32> = BTreeMap::new();
-    let (mut serial, mut ended, mut cancelled, mut late) = (0, 0, 0, 0);
-    for _ in 0..200_000 {
+/// What random operations came to.
+#[derive(Debug, Default)]
+struct Outcome {
+    ended: u32,
+    cancelled: u32,
+    late: u32,
+    copies: u32,
+    counters: Counters,
+}
+
+fn random_operations(limits: Limits, operations: u32, seed: u64) -> Outcome {
+    let mut scheduler = Scheduler::new(limits);
+    let mut device = Device::new(limits);
+    let mut random = Random(seed);
+    // What is expected of open sequences, and what has come of it.
+    let mut open: BTreeMap<u32, (SlotSetup, Vec<u32>)> = BTreeMap::new();
+    let mut outcome = Outcome::default();
+    let mut serial = 0;
+    let receive = |scheduler: &mut Scheduler, open: &mut BTreeMap<u32, (SlotSetup, Vec<u32>)>, event: &TokenEvent| {
+        let live = open.get_mut(&event.serial);
+        assert_eq!(scheduler.received(event), live.is_some(), "tokens of ended sequences are late");
+        let (setup, tokens) = live?;
+        tokens.push(event.token);
+        assert_eq!(tokens.len() as u32, event.generated);
+        if event.finish.is_some() {
+            assert_eq!(*tokens, alone(setup), "serial {}", event.serial);
+            open.remove(&event.serial);
+        }
+        Some(event.finish.is_some())
+    };
+    for _ in 0..operations {
         match random.below(10) {
             0 if open.len() < 20 => {
                 serial += 1;
-                let prompt = 1 + random.below(100);
-                scheduler.submit(setup(serial, prompt, 1 + random.below(60)));
-                open.insert(serial, 0);
+                // One of three beginnings, then something else; or the prompt of another.
+                let fork_of = (random.below(4) == 0).then(|| open.keys().last().copied()).flatten();
+                let family = random.below(3) * 1_000_000;
+                let shared = random.below(60);
+                let tokens = match fork_of {
+                    Some(parent) => open[&parent].0.tokens.clone(),
+                    None => (0..shared)
+                        .map(|i| family + i)
+                        .chain((0..=random.below(50)).map(|i| serial * 1000 + i))
+                        .collect(),
+                };
+                let tenant = PageHash::root(["", "another"][usize::from(fork_of.is_none() && random.below(5) == 0)]);
+                let setup = setup(serial, tokens, 1 + random.below(100), &limits);
+                let priority = if random.below(5) == 0 { random.below(10) } else { 0 };
+                scheduler.submit(Submission { setup: setup.clone(), priority, tenant, fork_of });
+                open.insert(serial, (setup, vec![]));
             }
-            1 if random.below(4) == 0 && !open.is_empty() => {
+            1 if random.below(8) == 0 && !open.is_empty() => {
                 let victim = *open.keys().nth(random.below(open.len() as u32) as usize).unwrap();
                 assert!(scheduler.cancel(victim) && !scheduler.cancel(victim));
                 open.remove(&victim);
-                cancelled += 1;
+                outcome.cancelled += 1;
             }
             2..6 if device.in_flight.len() < 4 => {
                 if let Some(batch) = scheduler.plan() {
+                    outcome.copies += batch.copies.len() as u32;
                     device.run(&batch);
                 }
             }
             _ => {
                 for event in device.in_flight.pop_front().into_iter().flatten() {
-                    let live = open.get_mut(&event.serial);
-                    assert_eq!(scheduler.received(&event), live.is_some(), "tokens of ended sequences are late");
-                    let Some(received) = live else {
-                        late += 1;
-                        continue;
-                    };
-                    *received += 1;
-                    assert_eq!(*received, event.generated);
-                    if event.finish.is_some() {
-                        open.remove(&event.serial);
-                        ended += 1;
+                    match receive(&mut scheduler, &mut open, &event) {
+                        Some(ended) => outcome.ended += u32::from(ended),
+                        None => outcome.late += 1,
                     }
                 }
             }
@@ -198,20 +290,45 @@ fn random_operations_keep_the_books() {
         scheduler.check();
         assert_eq!(scheduler.waiting() + scheduler.running(), open.len());
     }
-    assert!(ended > 2000 && cancelled > 200 && late > 100, "{ended} ended, {cancelled} cancelled, {late} late tokens");
 
     // Whatever is open comes to its end: nothing is stuck.
     while !open.is_empty() {
-        let Some(batch) = scheduler.plan() else { break };
-        device.run(&batch);
+        let batch = scheduler.plan();
+        assert!(batch.is_some() || !device.in_flight.is_empty(), "stuck: {:?}", open.keys());
+        batch.iter().for_each(|batch| device.run(batch));
         for event in device.in_flight.drain(..).flatten() {
-            if scheduler.received(&event) && event.finish.is_some() {
-                open.remove(&event.serial);
-            }
+            receive(&mut scheduler, &mut open, &event);
         }
     }
-    assert!(open.is_empty(), "stuck: {open:?}");
-    assert_eq!(scheduler.pages().0, 0, "pages left over");
+    scheduler.check();
+    assert_eq!((scheduler.pages().0, scheduler.running()), (0, 0), "something is left over");
+    outcome.counters = scheduler.counters();
+    outcome
+}
+
+/// With too few pages for all who have a seat.
+#[test]
+fn random_operations_keep_the_books() {
+    let outcome = random_operations(LIMITS, 1_000_000, 1);
+    let Outcome { ended, cancelled, late, copies, counters } = outcome;
+    assert!(ended > 5000 && cancelled > 1000 && late > 1000 && copies > 300, "{outcome:?}");
+    assert!(counters.preemptions > 1000 && counters.found_tokens * 10 > counters.prefilled_tokens, "{outcome:?}");
+}
+
+/// With a row for everybody.
+#[test]
+fn random_operations_with_many_rows() {
+    let limits = Limits { slots: 33, pages: 70, rows: 32, prefill_tokens: 64, ..LIMITS };
+    let outcome = random_operations(limits, 150_000, 2);
+    assert!(outcome.counters.preemptions > 300, "{outcome:?}");
+}
+
+/// Nothing is preempted where a sequence's tokens are to depend on nothing but itself.
+#[test]
+fn random_operations_deterministic() {
+    let outcome = random_operations(Limits { deterministic: true, ..LIMITS }, 150_000, 3);
+    assert!(outcome.ended > 1000 && outcome.counters.preemptions == 0 && outcome.copies > 50, "{outcome:?}");
+    assert!(outcome.counters.found_tokens > 10_000, "{outcome:?}");
 }
 
 /// The same calls give the same batches.
@@ -219,7 +336,7 @@ fn random_operations_keep_the_books() {
 fn plans_are_deterministic() {
     let plans = || {
         let mut scheduler = Scheduler::new(LIMITS);
-        (1..=12).for_each(|s| scheduler.submit(setup(s, 10 * s, 5)));
+        (1..=12).for_each(|s| scheduler.submit(own(s, 10 * s, 5)));
         let batches: Vec<String> = (0..40).map(|_| format!("{:?}", scheduler.plan())).collect();
         batches
     };
@@ -230,7 +347,7 @@ fn plans_are_deterministic() {
 #[test]
 fn everybody_has_a_turn() {
     let mut scheduler = Scheduler::new(Limits { rows: 2, ..LIMITS });
-    (1..=5).for_each(|s| scheduler.submit(setup(s, 4, 8)));
+    (1..=5).for_each(|s| scheduler.submit(own(s, 4, 8)));
     let mut steps = BTreeMap::new();
     let mut kinds = String::new();
     while let Some(batch) = scheduler.plan() {
@@ -251,8 +368,8 @@ fn everybody_has_a_turn() {
 #[test]
 fn a_sequence_may_fill_the_cache() {
     let mut scheduler = Scheduler::new(LIMITS);
-    scheduler.submit(setup(1, LIMITS.context() - 1, 100));
-    scheduler.submit(setup(2, 1, 1));
+    scheduler.submit(own(1, LIMITS.context() - 1, 100));
+    scheduler.submit(own(2, 1, 1));
     let mut batches = 0;
     while let Some(batch) = scheduler.plan() {
         assert!(matches!(batch.work, Work::Prefill(_)), "one token needs no decode step");
@@ -269,20 +386,116 @@ fn a_sequence_may_fill_the_cache() {
     scheduler.check();
 }
 
+/// The first by rank always goes on, whatever comes after it and however much of that there is; so everybody ends.
 #[test]
-fn pages_are_counted() {
-    let mut blocks = Blocks::new(5, 3, 8);
-    let mut entries = Vec::new();
-    blocks.grow(1, 9, &mut entries);
-    blocks.grow(1, 16, &mut entries);
-    blocks.grow(2, 1, &mut entries);
+fn nobody_starves() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    let mut device = Device::new(LIMITS);
+    let mut random = Random(4);
+    let (mut submitted, mut ended): (BTreeMap<u32, u32>, BTreeMap<u32, u32>) = Default::default();
+    let mut serial = 0;
+    for step in 0..40_000 {
+        // Always more than there is room for; every other one pushes ahead.
+        while scheduler.waiting() < 12 {
+            serial += 1;
+            let new = own(serial, 1 + random.below(150), 1 + random.below(150));
+            scheduler.submit(Submission { priority: serial % 2 * 8, ..new });
+            submitted.insert(serial, step);
+        }
+        scheduler.plan().iter().for_each(|batch| device.run(batch));
+        for event in device.in_flight.pop_front().into_iter().flatten() {
+            scheduler.received(&event);
+            if event.finish.is_some() {
+                ended.insert(event.serial, step);
+            }
+        }
+        scheduler.check();
+    }
+    assert!(scheduler.counters().preemptions > 100 && ended.len() > 1000);
+    // 20 ahead of it, 8 that may push ahead, each of at most 300 tokens.
+    let longest = submitted.iter().map(|(s, from)| ended.get(s).unwrap_or(&40_000) - from).max().unwrap();
+    assert!(longest < 28 * 300, "{longest} steps");
+    let oldest = submitted.keys().find(|s| !ended.contains_key(s)).unwrap();
+    assert!(serial - oldest < 40, "{oldest} of {serial}");
+}
+
+/// What has been computed once is found again: by the same prompt, by one that goes on where an answer ended, and by forks; not
+/// by another tenant.
+#[test]
+fn computed_pages_are_found() {
+    let limits = Limits { prefill_tokens: 1000, ..LIMITS };
+    let mut scheduler = Scheduler::new(limits);
+    let mut device = Device::new(limits);
+    let mut found = |submissions: Vec<Submission>| {
+        let before = scheduler.counters().found_tokens;
+        submissions.into_iter().for_each(|s| scheduler.submit(s));
+        let mut answers: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        while let Some(batch) = scheduler.plan() {
+            device.run(&batch);
+            for event in device.in_flight.pop_front().unwrap() {
+                scheduler.received(&event);
+                answers.entry(event.serial).or_default().push(event.token);
+            }
+            scheduler.check();
+        }
+        (scheduler.counters().found_tokens - before, answers)
+    };
+    let prompt: Vec<u32> = (0..50).collect();
+    let ask = |serial, tokens: &[u32], n| submission(setup(serial, tokens.to_vec(), n, &limits));
+    assert_eq!(found(vec![ask(1, &prompt, 1)]).0, 0);
+    assert_eq!(found(vec![ask(2, &prompt, 1)]).0, 48, "full pages");
+    let other = Submission { tenant: PageHash::root("another"), ..ask(3, &prompt, 1) };
+    assert_eq!(found(vec![other]).0, 0);
+    // In one step with the one that computes them.
+    let new: Vec<u32> = (100..164).collect();
+    assert_eq!(found(vec![ask(4, &new, 1), ask(5, &new, 1)]).0, 56, "the last page's logits are needed");
+
+    // The last token of an answer is in no page.
+    let long: Vec<u32> = (200..216).collect();
+    let (_, answers) = found(vec![ask(6, &long, 100)]);
+    let conversation: Vec<u32> = long.iter().chain(&answers[&6]).copied().chain([1, 2, 3]).collect();
+    assert!(answers[&6].len() >= 16, "a longer answer is wanted here");
+    let expected = (long.len() + answers[&6].len() - 1) as u64 / 8 * 8;
+    assert_eq!(found(vec![ask(7, &conversation, 1)]).0, expected);
+
+    let parent: Vec<u32> = (300..331).collect();
+    let fork = |serial| Submission { fork_of: Some(10), ..ask(serial, &parent, 9) };
     assert_eq!(
-        entries.iter().map(|e| (e.slot, e.index, e.page)).collect::<Vec<_>>(),
-        [(1, 0, 1), (1, 1, 2), (2, 0, 3)]
+        found(vec![ask(10, &parent, 9), fork(11), fork(12)]).0,
+        2 * 30,
+        "all but the token whose logits are needed"
     );
-    assert_eq!((blocks.free(), blocks.held(1), blocks.held(2)), (1, 2, 1));
-    blocks.check();
-    blocks.release(1);
-    assert_eq!((blocks.free(), blocks.held(1)), (3, 0));
-    blocks.check();
+}
+
+/// A sequence whose logits were not finite leaves nothing that others would find.
+#[test]
+fn bad_pages_are_forgotten() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(own(1, 20, 5));
+    let chunk = scheduler.plan().unwrap();
+    let Work::Prefill(chunks) = &chunk.work else { panic!("a prompt comes first") };
+    let mut event = TokenEvent {
+        serial: 1,
+        slot: chunks[0].slot,
+        token: 0,
+        injected: false,
+        reasoning: false,
+        delimiter: false,
+        max_hit: false,
+        finish: Some(Finish::Error),
+        generated: 0,
+        ignores_used: 0,
+        reasoning_tokens: 0,
+        logprob: 0.0,
+        top: vec![],
+    };
+    assert!(scheduler.received(&event));
+    event.finish = None;
+    assert!(!scheduler.received(&event), "it has ended");
+    scheduler.check();
+    let Submission { setup, .. } = own(1, 20, 5);
+    scheduler.submit(submission(SlotSetup { serial: 2, ..setup }));
+    scheduler.plan().unwrap();
+    assert_eq!(scheduler.counters().found_tokens, 0);
+    scheduler.check();
 }

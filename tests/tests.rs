@@ -2,6 +2,7 @@
 
 mod attention;
 mod bench;
+mod blocks;
 mod budget;
 mod cli;
 #[cfg(feature = "cuda")]

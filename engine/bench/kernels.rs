@@ -477,7 +477,6 @@ impl Bench<'_> {
                 slot,
                 serial: slot,
                 tokens: vec![1],
-                generated: 0,
                 max_generated: i32::MAX as u32,
                 max_length: i32::MAX as u32,
                 eos_ids: Vec::new(),

@@ -227,6 +227,12 @@ impl CudaDevice {
         self.check("cuMemsetD8Async", unsafe { result::memset_d8_async(address, value, bytes, self.stream) })
     }
 
+    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.enter_outside_capture("copy")?;
+        // SAFETY: the caller has checked that both ranges lie in a buffer.
+        self.check("cuMemcpyDtoDAsync", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) })
+    }
+
     pub fn launch(&self, launch: &Launch) -> Result<()> {
         self.enter()?;
         if let Some(launches) = self.capture.lock().unwrap().as_mut() {

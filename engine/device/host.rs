@@ -82,6 +82,7 @@ enum Work {
     Launch(Launch),
     Upload(u64, Box<[u8]>),
     Fill(u64, usize, u8),
+    Copy(u64, u64, usize),
 }
 
 impl HostDevice {
@@ -149,6 +150,10 @@ impl HostDevice {
 
     pub fn fill(&self, address: u64, bytes: usize, value: u8) -> Result<()> {
         self.push(Work::Fill(address, bytes, value))
+    }
+
+    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.push(Work::Copy(from, to, bytes))
     }
 
     pub fn download(&self, address: u64, data: &mut [u8]) -> Result<()> {
@@ -298,6 +303,10 @@ fn perform(work: Work, stream: u64, options: HostOptions) -> std::result::Result
         },
         // SAFETY: as above.
         Work::Fill(address, bytes, value) => unsafe { std::ptr::write_bytes(address as *mut u8, value, bytes) },
+        // SAFETY: as above; the ranges do not overlap.
+        Work::Copy(from, to, bytes) => unsafe {
+            std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes)
+        },
         Work::Launch(launch) => return run(&launch, stream, options),
     }
     Ok(())

@@ -190,6 +190,12 @@ impl Device {
         on!(self, d => d.fill(buffer.address + offset as u64, bytes, value))
     }
 
+    /// Copies bytes within a buffer in stream order; the ranges do not overlap.
+    pub fn copy(&self, buffer: &Buffer, from: usize, to: usize, bytes: usize) -> Result<()> {
+        assert!(from.max(to) + bytes <= buffer.bytes && from.abs_diff(to) >= bytes, "copy past the end or onto itself");
+        on!(self, d => d.copy(buffer.address + from as u64, buffer.address + to as u64, bytes))
+    }
+
     /// Enqueues; between [`Device::begin_capture`] and [`Device::end_capture`] records instead.
     pub fn launch(&self, launch: &Launch) -> Result<()> {
         on!(self, d => d.launch(launch))

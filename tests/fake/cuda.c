@@ -148,6 +148,9 @@ Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* st
 Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
   return memcpy(to, (void*)from, bytes), SUCCESS;
 }
+Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
+  return memcpy((void*)to, (void*)from, bytes), SUCCESS;
+}
 Result cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream) {
   return memset((void*)to, value, bytes), SUCCESS;
 }
