@@ -14,7 +14,7 @@ QUESTION := Find x with 3x + 4 = 2 (mod 11).
 # `make test TESTS=sampler` runs the tests with that in their name.
 TESTS :=
 # Those that run every kernel, alone and in a whole model.
-ON_KERNELS := attention norms products sampler simt model::a_checked_run
+ON_KERNELS := attention bench::random norms products sampler simt model::a_checked_run
 FUZZ_SECONDS := 60
 
 .PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle setup
