@@ -88,9 +88,9 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Every kernel alone, at the shapes of real models, against the roofline.
     Kernels(KernelBenchArgs),
-    /// A batch of requests that start together: time to the first token, time for each further one.
+    /// Requests that start together: time to the first token, time for each further one. Prompts are random token ids.
     Latency(LatencyArgs),
-    /// Many requests at once: tokens per second.
+    /// Many requests at once: tokens per second. Prompts are random token ids.
     Throughput(ThroughputArgs),
 }
 
@@ -153,7 +153,7 @@ pub struct LoadArgs {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub model: SourceArgs,
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
@@ -164,24 +164,14 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
 #[derive(Debug, Group)]
 #[command(next_help_heading = "Model and device")]
 pub struct ModelArgs {
-    /// Model folder: config.json, safetensors, tokenizer.json.
-    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
-    pub path: PathBuf,
-    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
-    #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: String,
-    /// Where the weights come from.
-    #[arg(long, value_enum, default_value = "safetensors", value_name = "FORMAT")]
-    pub load_format: LoadFormat,
+    #[command(flatten)]
+    pub source: SourceArgs,
     /// Longest sequence, prompt and answer together [default: the model's own, or what memory allows].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..))]
     pub max_context: Option<u32>,
     /// KV cache size in pages of 64 tokens [default: enough for one longest sequence, more on a GPU].
     #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_pages: Option<u32>,
-    /// Launch decode steps kernel by kernel instead of replaying recorded ones.
-    #[arg(long)]
-    pub no_graphs: bool,
     /// Thinking delimiters: s1 (<|im_start|>think ... <|im_start|>answer), think-tags (<think> ... </think>), none, or auto:
     /// what the model folder says.
     #[arg(long, value_enum, default_value = "auto", value_name = "KIND")]
@@ -192,6 +182,24 @@ pub struct ModelArgs {
     /// Explicit delimiter that closes it.
     #[arg(long, value_name = "TEXT", requires = "thinking_start", conflicts_with = "thinking")]
     thinking_end: Option<String>,
+}
+
+/// Which model, where, and how it is run.
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Model and device")]
+pub struct SourceArgs {
+    /// Model folder: config.json, safetensors, tokenizer.json.
+    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
+    pub path: PathBuf,
+    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+    /// Where the weights come from.
+    #[arg(long, value_enum, default_value = "safetensors", value_name = "FORMAT")]
+    pub load_format: LoadFormat,
+    /// Launch decode steps kernel by kernel instead of replaying recorded ones.
+    #[arg(long)]
+    pub no_graphs: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -57,11 +57,11 @@ fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> 
     // Just as much room as these requests need.
     let length = args.input_tokens + args.output_tokens;
     let rows = requests.min(MAX_DECODE_ROWS);
-    let options = super::options(&args.model);
     let options = ExecutorOptions {
-        max_context: options.max_context.or(Some(length)),
-        pages: options.pages.or(Some(rows * length.div_ceil(PAGE_TOKENS))),
-        ..options
+        max_context: Some(length),
+        pages: Some(rows * length.div_ceil(PAGE_TOKENS)),
+        graphs: !args.model.no_graphs,
+        ..ExecutorOptions::default()
     };
     let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;
     let load = Load {

@@ -22,7 +22,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 
     let options = ExecutorOptions { profile: args.profile, ..super::options(&args.model) };
     let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;
-    let mut meter = Meter::start(super::telemetry(&args.model, &device));
+    let mut meter = Meter::start(super::telemetry(&args.model.source, &device));
     let mut printer = Printer::new();
     engine.submit(&request)?;
     while !engine.is_idle() {

@@ -17,7 +17,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let plan = MemoryPlan::new(&device, &frontend.config, &super::options(&args.model))?;
     let mut text = model(&frontend, plan.weights);
     text += &format!("\ndevice        {}\n", device.describe());
-    if let Some(telemetry) = super::telemetry(&args.model, &device) {
+    if let Some(telemetry) = super::telemetry(&args.model.source, &device) {
         text += &format!("              {}\n", telemetry.describe());
     }
     text += &memory(&plan);

@@ -8,7 +8,7 @@ mod output;
 mod profile;
 
 use crate::Result;
-use crate::args::{Args, Command, LoadFormat, ModelArgs};
+use crate::args::{Args, Command, LoadFormat, ModelArgs, SourceArgs};
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceChoice};
 use crate::engine::Engine;
@@ -29,13 +29,13 @@ pub fn run(args: Args) -> Result<()> {
 
 /// Everything but the weights: what is wrong with flags, model folder or device is said before they load.
 fn open(args: &ModelArgs) -> Result<(Frontend, Option<Checkpoint>, Device)> {
-    let choice = args.device.parse()?;
-    let frontend = Frontend::open(&args.path, &args.thinking())?;
-    Ok((frontend, checkpoint(args)?, Device::open(choice)?))
+    let choice = args.source.device.parse()?;
+    let frontend = Frontend::open(&args.source.path, &args.thinking())?;
+    Ok((frontend, checkpoint(&args.source)?, Device::open(choice)?))
 }
 
 /// None for dummy weights.
-fn checkpoint(args: &ModelArgs) -> Result<Option<Checkpoint>> {
+fn checkpoint(args: &SourceArgs) -> Result<Option<Checkpoint>> {
     match args.load_format {
         LoadFormat::Safetensors => Checkpoint::open(&args.path).map(Some),
         LoadFormat::Dummy => Ok(None),
@@ -65,13 +65,13 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
     ExecutorOptions {
         max_context: args.max_context,
         pages: args.kv_pages,
-        graphs: !args.no_graphs,
+        graphs: !args.source.no_graphs,
         ..ExecutorOptions::default()
     }
 }
 
 /// What the driver knows of the GPU in use; none on the host target.
-fn telemetry(args: &ModelArgs, device: &Device) -> Option<Telemetry> {
+fn telemetry(args: &SourceArgs, device: &Device) -> Option<Telemetry> {
     match args.device.parse() {
         Ok(DeviceChoice::Cuda(ordinal)) => Telemetry::open(ordinal),
         _ if device.is_host() => None,
