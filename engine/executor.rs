@@ -329,7 +329,8 @@ impl Executor {
             keys += before + new;
         }
         assert!(token.len() <= self.plan.prefill_chunk as usize, "more tokens than a step has rows");
-        let tiles = prefill_tiles(&chunk_rows, model::heads(&self.model.config).group());
+        let heads = model::heads(&self.model.config);
+        let tiles = prefill_tiles(&chunk_rows, heads.dim, heads.group());
         let (device, inputs) = (&self.device, &self.inputs);
         let words: [(&Buffer, &[i32]); 6] = [
             (&inputs.prompt_token, &token),
@@ -351,6 +352,7 @@ impl Executor {
                 tiles: &inputs.tiles,
                 device_count: &inputs.tile_count,
                 count: tiles.len() as u32,
+                rows: token.len() as u32,
                 pairs,
                 keys,
             },

@@ -74,8 +74,8 @@ kernels! {
     params;
     rope_append_d64: RopeParams, ROPE_THREADS;
     rope_append_d128: RopeParams, ROPE_THREADS;
-    attn_prefill_d64: AttnPrefillParams, ATTN_PREFILL_THREADS;
-    attn_prefill_d128: AttnPrefillParams, ATTN_PREFILL_THREADS;
+    attn_prefill_d64: AttnPrefillParams, ATTN_PREFILL_THREADS_D64;
+    attn_prefill_d128: AttnPrefillParams, ATTN_PREFILL_THREADS_D128;
     attn_decode_d64: AttnDecodeParams, ATTN_DECODE_THREADS;
     attn_decode_d128: AttnDecodeParams, ATTN_DECODE_THREADS;
     embed: EmbedParams, EMBED_THREADS;

@@ -197,7 +197,7 @@ impl Model {
                 ops::rms_norm(&a.residual, &layer.input_norm, None, count, &a.normed),
                 gemm(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
                 ops::rope_append(&a.qkv, heads, qk_norm, &self.cos_sin, &step.rows, &pages, &a.q),
-                ops::attn_prefill(device, &a.q, heads, count, &step.tiles, &pages, &a.attention)?,
+                ops::attn_prefill(device, &a.q, heads, &step.tiles, &pages, &a.attention, &a.workspace)?,
                 gemm(&a.attention, &layer.o, Epilogue::Residual, &a.residual)?,
                 ops::rms_norm(&a.residual, &layer.post_norm, None, count, &a.normed),
                 gemm(&a.normed, &layer.gate_up, Epilogue::Silu, &a.mlp)?,

@@ -4,6 +4,7 @@
 use crate::device::{Buffer, Device, Launch, TensorMapSpec};
 use crate::kernels;
 use crate::kernels::params::*;
+use crate::tiles::prefill_tile_tokens;
 use crate::tiling::{self, Product, Tiling};
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -380,6 +381,8 @@ pub struct Tiles<'a> {
     /// [1] i32.
     pub device_count: &'a Buffer,
     pub count: u32,
+    /// Query tokens in them.
+    pub rows: u32,
     /// (query, key) pairs that are not masked, of one head.
     pub pairs: u64,
     /// Keys of all sequences.
@@ -391,17 +394,17 @@ pub fn attn_prefill(
     device: &Device,
     q: &Buffer,
     heads: Heads,
-    rows: u32,
     tiles: &Tiles,
     pages: &Pages,
     out: &Buffer,
+    workspace: &Workspace,
 ) -> Result<Launch> {
     let (dim, group) = (heads.dim as u64, heads.group() as u64);
     let q_map = device.tensor_map(&TensorMapSpec {
         address: q.address(),
-        dims: [dim, group, heads.kv as u64, rows as u64],
+        dims: [dim, group, heads.kv as u64, tiles.rows as u64],
         strides: [BF16, dim * BF16, group * dim * BF16, heads.query as u64 * dim * BF16],
-        r#box: [64, group as u32, 1, ATTN_PREFILL_ROWS / group as u32],
+        r#box: [64, group as u32, 1, prefill_tile_tokens(heads.dim, heads.group())],
         swizzle: true,
     })?;
     let (kernel, shared_bytes) = match heads.dim {
@@ -415,6 +418,7 @@ pub fn attn_prefill(
         tiles: tiles.tiles.pointer(),
         tile_count: tiles.device_count.pointer(),
         block_table: pages.block_table.pointer(),
+        ticket: workspace.ticket.pointer(),
         out: out.pointer(),
         q_heads: heads.query as i32,
         kv_heads: heads.kv as i32,
@@ -425,7 +429,7 @@ pub fn attn_prefill(
     Ok(Launch {
         shared_bytes,
         pdl: true,
-        bytes: BF16 * dim * (2 * rows as u64 * heads.query as u64 + 2 * tiles.keys * heads.kv as u64),
+        bytes: BF16 * dim * (2 * tiles.rows as u64 * heads.query as u64 + 2 * tiles.keys * heads.kv as u64),
         flops: 4 * tiles.pairs * heads.query as u64 * dim,
         ..kernel.launch([(tiles.count * heads.kv).min(device.processors()), 1, 1], params)
     })

@@ -1,15 +1,20 @@
 // attn_prefill: causal attention of ragged chunks of query tokens over their sequences' paged K and V.
 //
-// A tile is up to ATTN_PREFILL_ROWS = 128 rows of Q that share one kv head: (query token, head of the group), head
-// fastest, so 128 / group tokens (a group that does not divide 128 leaves rows idle; group <= 16). The host lists the
-// tiles, longest first; work item i is (tile i / kv_heads, kv head i % kv_heads), and the blocks take every grid_x-th.
+// A tile is up to 64 rows of Q per consumer warpgroup that share one kv head: (query token, head of the group), head
+// fastest, so rows / group tokens (a group that does not divide the rows leaves some idle; group <= 16). The host lists
+// the tiles, longest first; work item i is (tile i / kv_heads, kv head i % kv_heads), so that blocks that run together
+// share K and V in L2. A block starts with the item of its number and draws further ones from a ticket counter.
 // Keys and values go by tiles of 128 tokens (two pages) at absolute positions, newest first, so that where a prompt is
 // cut into chunks does not change the order of any sum.
 //
-// Warpgroup 0 loads: one thread, TMA, rings of two tiles for K and for V. Warpgroups 1 and 2 own 64 rows each: S = Q
-// K^T with both operands in shared memory, online softmax in registers, O += P V with P from registers and V transposed
-// by wgmma. Inside a warpgroup the softmax of one tile overlaps the P V of the tile before; between the two, named
-// barriers hand the tensor cores to and fro so that one computes while the other exponentiates.
+// Warpgroup 0 loads: one thread, TMA, rings of tiles for K and for V. It also draws the items, ahead of their time, and
+// hands each to the consumers with its Q, of which there are two, so that the next one is there when an item ends.
+// The other warpgroups own 64 rows each: S = Q K^T with both operands in shared memory, online softmax in registers,
+// O += P V with P from registers and V transposed by wgmma. Inside a warpgroup the softmax of one tile overlaps the P V
+// of the tile before; between them, named barriers hand the tensor cores round so that one computes while the others
+// exponentiate. Heads of 128 have two consumers, whose registers O fills. Heads of 64 have half the products for each
+// exponential and room for three consumers, which together keep both the tensor cores and the special function units
+// busy.
 //
 // Masking: only tiles that reach beyond the warpgroup's first query are masked. The keys behind a sequence's end are
 // masked by causality; the values there must be finite (P is 0): pools are zeroed at the start and only ever hold what
@@ -18,35 +23,47 @@
 // Grid: min(tiles * kv_heads, processors) blocks; shared memory ATTN_PREFILL_SHARED_D64 / _D128.
 #include "attention.cuh"
 
-constexpr int kTileRows = ATTN_PREFILL_ROWS;
 constexpr int kTileTokens = 2 * PAGE_TOKENS;
-constexpr int kStages = 2;
-constexpr int kConsumers = 2;
 constexpr int kWarpgroup = 128;
-constexpr int kConsumerRows = kTileRows / kConsumers;
-constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
-constexpr int kTurnBarrier = 1;                           // + consumer: its turn at the tensor cores
-constexpr int kQueryBarrier = kTurnBarrier + kConsumers;  // + consumer: its rows of Q have been read
-static_assert(ATTN_PREFILL_THREADS == (1 + kConsumers) * kWarpgroup, "one producer and two consumer warpgroups");
-static_assert(kTileRows == 128 && kTileTokens == 128, "panels of Q, K and V have 128 rows");
+constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
+constexpr int kConsumerRows = 64;
+constexpr int kTurnBarrier = 1;                       // + consumer: its turn at the tensor cores
+constexpr int kStoreBarrier = 4;                      // + consumer: its rows of Q have been read
+constexpr int kPageBytes = PAGE_TOKENS * kRowBytes;   // a page's share of a panel
+constexpr int kPanelBytes = kTileTokens * kRowBytes;  // of K and V
 
-constexpr int kPanelBytes = 128 * kRowBytes;
-constexpr int kPageBytes = PAGE_TOKENS * kRowBytes;  // a page's share of a panel
+// A tile of queries and one kv head. No tokens: there is no more work.
+struct WorkItem {
+  PrefillTile tile;
+  int kv_head;
+};
 
 template <int kHeadDim>
 struct PrefillShared {
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kRows = kConsumers * kConsumerRows;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kTileBytes = kPanels * kPanelBytes;
+  static constexpr int kQueryPanelBytes = kRows * kRowBytes;
+  // A tile of V is freed later than one of K, because the softmax comes before the wait for P V.
+  static constexpr int kKeyStages = kHeadDim == 64 ? 4 : 2;
+  static constexpr int kValueStages = kHeadDim == 64 ? 4 : 3;
 
-  uint8_t q[kTileBytes];  // [panel][row][64], swizzled; O on its way out
-  uint8_t k[kStages][kTileBytes];
-  uint8_t v[kStages][kTileBytes];
-  Barrier q_full, q_empty;
-  Barrier k_full[kStages], k_empty[kStages];
-  Barrier v_full[kStages], v_empty[kStages];
+  uint8_t q[2][kPanels * kQueryPanelBytes];  // [panel][row][64], swizzled; O on its way out
+  uint8_t k[kKeyStages][kTileBytes];
+  uint8_t v[kValueStages][kTileBytes];
+  Barrier q_full[2], q_empty[2];
+  Barrier k_full[kKeyStages], k_empty[kKeyStages];
+  Barrier v_full[kValueStages], v_empty[kValueStages];
+  WorkItem item[2];  // with q
 };
 static_assert(sizeof(PrefillShared<64>) == ATTN_PREFILL_SHARED_D64, "");
 static_assert(sizeof(PrefillShared<128>) == ATTN_PREFILL_SHARED_D128, "");
+static_assert(PrefillShared<64>::kThreads == ATTN_PREFILL_THREADS_D64, "");
+static_assert(PrefillShared<128>::kThreads == ATTN_PREFILL_THREADS_D128, "");
+static_assert(PrefillShared<64>::kRows == ATTN_PREFILL_ROWS_D64, "");
+static_assert(PrefillShared<128>::kRows == ATTN_PREFILL_ROWS_D128, "");
 
 DEVICE int newest_position(const PrefillTile& tile) { return tile.position + tile.tokens - 1; }
 
@@ -63,16 +80,19 @@ DEVICE void load_kv(uint8_t* tile, const TensorMap* map, Barrier* full, int kv_h
 
 template <int kHeadDim>
 DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared) {
-  const int group = p.q_heads / p.kv_heads;
+  using Shared = PrefillShared<kHeadDim>;
+  const int tile_tokens = Shared::kRows / (p.q_heads / p.kv_heads);
+  const int query_bytes = tile_tokens * (p.q_heads / p.kv_heads) * kHeadDim * 2;
   const int items = *p.tile_count * p.kv_heads;
-  RingPosition<kStages> k_ring, v_ring;
-  uint32_t q_parity = 0;
-  for (int item = block_x(); item < items; item += grid_x(), q_parity ^= 1) {
-    const PrefillTile tile = p.tiles[item / p.kv_heads];
-    const int kv_head = item % p.kv_heads;
-    const int* table = p.block_table + (size_t)tile.slot * p.max_pages;
-    const int last_page = newest_position(tile) / PAGE_TOKENS;
-    const int newest = newest_position(tile) / kTileTokens;
+  RingPosition<2> q_ring;
+  RingPosition<Shared::kKeyStages> k_ring;
+  RingPosition<Shared::kValueStages> v_ring;
+  int next = block_x();
+  while (next < items) {
+    const WorkItem item = {p.tiles[next / p.kv_heads], next % p.kv_heads};
+    const int* table = p.block_table + (size_t)item.tile.slot * p.max_pages;
+    const int last_page = newest_position(item.tile) / PAGE_TOKENS;
+    const int newest = newest_position(item.tile) / kTileTokens;
 
     // V lags one tile behind K. The second page of the newest tile may not exist: the first again, all of it masked.
     int v_page0 = 0, v_page1 = 0;
@@ -81,44 +101,49 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
       const int page1 = n < 0 ? 0 : table[min_int(2 * n + 1, last_page)];
       if (n >= 0) {
         mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
-        load_kv<kHeadDim>(shared.k[k_ring.stage], &p.k_map, &shared.k_full[k_ring.stage], kv_head, page0, page1);
+        load_kv<kHeadDim>(shared.k[k_ring.stage], &p.k_map, &shared.k_full[k_ring.stage], item.kv_head, page0, page1);
         advance(k_ring);
       }
       if (n == newest) {
-        const int tokens = kTileRows / group;
-        mbarrier_wait(&shared.q_empty, q_parity ^ 1);
-        mbarrier_arrive_expect_tx(&shared.q_full, tokens * group * kHeadDim * 2);
-        UNROLL for (int panel = 0; panel < PrefillShared<kHeadDim>::kPanels; panel++)
-            tma_load(shared.q + panel * kPanelBytes, &p.q_map, &shared.q_full, kEvictFirst, panel * kPanelColumns, 0,
-                     kv_head, tile.first_row);
+        mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
+        shared.item[q_ring.stage] = item;
+        mbarrier_arrive_expect_tx(&shared.q_full[q_ring.stage], query_bytes);
+        UNROLL for (int panel = 0; panel < Shared::kPanels; panel++)
+            tma_load(shared.q[q_ring.stage] + panel * Shared::kQueryPanelBytes, &p.q_map, &shared.q_full[q_ring.stage],
+                     kEvictFirst, panel * kPanelColumns, 0, item.kv_head, item.tile.first_row);
+        advance(q_ring);
       } else {
         mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
-        load_kv<kHeadDim>(shared.v[v_ring.stage], &p.v_map, &shared.v_full[v_ring.stage], kv_head, v_page0, v_page1);
+        load_kv<kHeadDim>(shared.v[v_ring.stage], &p.v_map, &shared.v_full[v_ring.stage], item.kv_head, v_page0,
+                          v_page1);
         advance(v_ring);
       }
       v_page0 = page0, v_page1 = page1;
+      // Late enough to go to a block that is nearly free, early enough to have come when this item's loads are issued.
+      if (n == min_int(newest, 1)) next = grid_x() + (int)atomic_increment(p.ticket, items - 1);
     }
   }
+  mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
+  shared.item[q_ring.stage] = {};
+  mbarrier_arrive(&shared.q_full[q_ring.stage]);
 }
 
 // ---- the consumers ----
 
-// S = Q K^T: 64 rows x 128 tokens.
+// S = Q K^T: 64 rows x 128 tokens. Descriptors of the consumer's first row and of the tile.
 template <int kHeadDim>
-DEVICE void issue_scores(float (&s)[kTileTokens / 2], const uint8_t* q, const uint8_t* k) {
+DEVICE void issue_scores(float (&s)[kTileTokens / 2], uint64_t q, uint64_t k) {
   UNROLL for (int i = 0; i < kHeadDim / 16; i++) {
-    const int offset = i / 4 * kPanelBytes + i % 4 * 32;
-    wgmma_ss<kTileTokens>(s, wgmma_descriptor(q + offset, 16, 1024, kSwizzle128),
-                          wgmma_descriptor(k + offset, 16, 1024, kSwizzle128), i > 0);
+    const int columns = i % 4 * 32;
+    wgmma_ss<kTileTokens>(s, q + (i / 4 * PrefillShared<kHeadDim>::kQueryPanelBytes + columns) / 16,
+                          k + (i / 4 * kPanelBytes + columns) / 16, i > 0);
   }
 }
 
 // O += P V: V is [token][column], the transpose of what K-major would be.
 template <int kHeadDim>
-DEVICE void issue_output(float (&o)[kHeadDim / 2], const uint32_t (&probabilities)[kTileTokens / 16][4],
-                         const uint8_t* v) {
-  UNROLL for (int i = 0; i < kTileTokens / 16; i++) wgmma_rs<kHeadDim, 1>(
-      o, probabilities[i], wgmma_descriptor(v + i * 16 * kRowBytes, kPanelBytes, 1024, kSwizzle128), true);
+DEVICE void issue_output(float (&o)[kHeadDim / 2], const uint32_t (&probabilities)[kTileTokens / 16][4], uint64_t v) {
+  UNROLL for (int i = 0; i < kTileTokens / 16; i++) wgmma_rs<kHeadDim, 1>(o, probabilities[i], v + i * kRowBytes, true);
 }
 
 // Of one lane: rows lane / 4 and + 8 of the warp's 16.
@@ -151,8 +176,10 @@ DEVICE void softmax(float (&s)[kTileTokens / 2], RowState& row, float scale_log2
 
 DEVICE void mask(float (&s)[kTileTokens / 2], const RowState& row, int first_token) {
   const int first = first_token + 2 * (lane_id() % 4);
-  UNROLL for (int j = 0; j < kTileTokens / 8; j++)
-      UNROLL for (int i = 0; i < 4; i++) if (first + 8 * j + i % 2 > row.position[i / 2]) s[4 * j + i] = -INFINITY;
+  UNROLL for (int i = 0; i < 4; i++) {
+    const int visible = row.position[i / 2] - first - i % 2;
+    UNROLL for (int j = 0; j < kTileTokens / 8; j++) if (8 * j > visible) s[4 * j + i] = -INFINITY;
+  }
 }
 
 // The accumulator of S, packed by pairs, is the A fragment of P V.
@@ -165,53 +192,62 @@ DEVICE void release(Barrier* empty) {
   if (lane_id() == 0) mbarrier_arrive(empty);
 }
 
-// Normalised O of the warp's 16 rows: to the memory of its rows of Q, then 16 bytes at a time to `out`.
+// Normalised O of the warp's 16 rows from `first_row` on: to the memory of its rows of Q, then 16 bytes at a time to `out`.
 template <int kHeadDim>
-DEVICE void store_output(const AttnPrefillParams& p, uint8_t* staging, const PrefillTile& tile, int kv_head,
+DEVICE void store_output(const AttnPrefillParams& p, uint8_t* staging, const WorkItem& item, int first_row,
                          const float (&o)[kHeadDim / 2], const RowState& row) {
+  constexpr int kRows = PrefillShared<kHeadDim>::kRows;
   const int group = p.q_heads / p.kv_heads;
-  const int first_row = (warp_id() - kWarpgroup / kWarp) * 16;
   float inverse[2];
-  UNROLL for (int i = 0; i < 2; i++) inverse[i] = 1.f / quad_sum(row.sum[i]);
+  UNROLL for (int i = 0; i < 2; i++) inverse[i] = reciprocal_approx(quad_sum(row.sum[i]));
   UNROLL for (int j = 0; j < kHeadDim / 16; j++) {
     uint32_t r[4];
     UNROLL for (int i = 0; i < 4; i++) r[i] =
         pack_bf16x2(o[8 * j + 2 * i] * inverse[i % 2], o[8 * j + 2 * i + 1] * inverse[i % 2]);
-    stmatrix_x4(staging + swizzled(kTileRows, first_row + lane_id() % 16, 2 * j + lane_id() / 16), r);
+    stmatrix_x4(staging + swizzled(kRows, first_row + lane_id() % 16, 2 * j + lane_id() / 16), r);
   }
   sync_warp();
   constexpr int kChunks = kHeadDim / 8;
+  const int group_inverse = ceil_div(1 << 16, group);  // of a row below 192 and a group of at most 16: exact
   UNROLL for (int i = lane_id(); i < 16 * kChunks; i += kWarp) {
     const int r = first_row + i / kChunks, chunk = i % kChunks;
-    if (r >= tile.tokens * group) continue;
+    const int token = r * group_inverse >> 16;
+    if (token >= item.tile.tokens) continue;
+    const size_t head = (size_t)(item.tile.first_row + token) * p.q_heads + item.kv_head * group + r - token * group;
     uint32_t v[4];
-    load_16(staging + swizzled(kTileRows, r, chunk), v);
-    store_16(
-        p.out + ((size_t)(tile.first_row + r / group) * p.q_heads + kv_head * group + r % group) * kHeadDim + 8 * chunk,
-        v);
+    load_16(staging + swizzled(kRows, r, chunk), v);
+    store_16(p.out + head * kHeadDim + 8 * chunk, v);
   }
 }
 
 template <int kHeadDim>
 DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared) {
+  using Shared = PrefillShared<kHeadDim>;
   const int group = p.q_heads / p.kv_heads;
-  const int items = *p.tile_count * p.kv_heads;
-  const int consumer = warp_id() / (kWarpgroup / kWarp) - 1;
-  const int other = 1 - consumer;
-  const uint8_t* q = shared.q + consumer * kConsumerRows * kRowBytes;
+  const int consumer = shfl(warp_id() / kWarpgroupWarps - 1, 0);
+  const int next_consumer = consumer + 1 == Shared::kConsumers ? 0 : consumer + 1;
+  const int first_row = (warp_id() - kWarpgroupWarps) * 16;
+  const int token[2] = {(first_row + lane_id() / 4) / group, (first_row + lane_id() / 4 + 8) / group};
+  const int first_token = consumer * kConsumerRows / group;
   const float scale_log2 = p.scale * kLog2e;
-  RingPosition<kStages> k_ring, v_ring;
-  uint32_t q_parity = 0;
-  if (consumer == 1) named_barrier_arrive(kTurnBarrier + other, kConsumers * kWarpgroup);
+  const uint64_t q0 = wgmma_descriptor(shared.q[0] + consumer * kConsumerRows * kRowBytes, 16, 1024, kSwizzle128);
+  const uint64_t k0 = wgmma_descriptor(shared.k[0], 16, 1024, kSwizzle128);
+  const uint64_t v0 = wgmma_descriptor(shared.v[0], kPanelBytes, 1024, kSwizzle128);
+  RingPosition<2> q_ring;
+  RingPosition<Shared::kKeyStages> k_ring;
+  RingPosition<Shared::kValueStages> v_ring;
+  if (next_consumer == 0) named_barrier_arrive(kTurnBarrier, 2 * kWarpgroup);  // consumer 0 begins
 
-  for (int item = block_x(); item < items; item += grid_x(), q_parity ^= 1) {
-    const PrefillTile tile = p.tiles[item / p.kv_heads];
-    const int newest = newest_position(tile) / kTileTokens;
-    const int first_query = tile.position + consumer * kConsumerRows / group;
+  for (;; advance(q_ring)) {
+    mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
+    const WorkItem item = shared.item[q_ring.stage];
+    if (item.tile.tokens == 0) break;
+    const int newest = newest_position(item.tile) / kTileTokens;
+    const int first_query = item.tile.position + first_token;
+    const uint64_t q = q0 + q_ring.stage * (sizeof(shared.q[0]) / 16);
     RowState row;
     UNROLL for (int i = 0; i < 2; i++) {
-      const int r = (warp_id() - kWarpgroup / kWarp) * 16 + lane_id() / 4 + 8 * i;
-      row.position[i] = tile.position + r / group;
+      row.position[i] = item.tile.position + token[i];
       row.max[i] = kLowest;
       row.sum[i] = 0.f;
     }
@@ -220,10 +256,9 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
     uint32_t probabilities[kTileTokens / 16][4];
     UNROLL for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.f;
 
-    mbarrier_wait(&shared.q_full, q_parity);
     mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
     wgmma_fence();
-    issue_scores<kHeadDim>(s, q, shared.k[k_ring.stage]);
+    issue_scores<kHeadDim>(s, q, k0 + k_ring.stage * (Shared::kTileBytes / 16));
     wgmma_commit();
     wgmma_wait<0>();
     release(&shared.k_empty[k_ring.stage]);
@@ -234,21 +269,21 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
 
     for (int n = newest - 1; n >= 0; n--) {
       mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
-      named_barrier_sync(kTurnBarrier + consumer, kConsumers * kWarpgroup);
+      named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup);
       wgmma_fence();
-      issue_scores<kHeadDim>(s, q, shared.k[k_ring.stage]);
+      issue_scores<kHeadDim>(s, q, k0 + k_ring.stage * (Shared::kTileBytes / 16));
       wgmma_commit();
       mbarrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
       wgmma_fence();
-      issue_output<kHeadDim>(o, probabilities, shared.v[v_ring.stage]);
+      issue_output<kHeadDim>(o, probabilities, v0 + v_ring.stage * (Shared::kTileBytes / 16));
       wgmma_commit();
-      named_barrier_arrive(kTurnBarrier + other, kConsumers * kWarpgroup);
+      named_barrier_arrive(kTurnBarrier + next_consumer, 2 * kWarpgroup);
       wgmma_wait<1>();
       release(&shared.k_empty[k_ring.stage]);
       advance(k_ring);
       if ((n + 1) * kTileTokens - 1 > first_query) mask(s, row, n * kTileTokens);
       softmax(s, row, scale_log2, rescale);
-      compute_before_wait(row.sum[0] + row.sum[1], &shared.q_empty);
+      compute_before_wait(row.sum[0] + row.sum[1], &shared.q_empty[0]);
       wgmma_wait<0>();
       release(&shared.v_empty[v_ring.stage]);
       advance(v_ring);
@@ -258,50 +293,52 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
 
     mbarrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
     wgmma_fence();
-    issue_output<kHeadDim>(o, probabilities, shared.v[v_ring.stage]);
+    issue_output<kHeadDim>(o, probabilities, v0 + v_ring.stage * (Shared::kTileBytes / 16));
     wgmma_commit();
     wgmma_wait<0>();
     release(&shared.v_empty[v_ring.stage]);
     advance(v_ring);
 
-    named_barrier_sync(kQueryBarrier + consumer, kWarpgroup);
-    store_output<kHeadDim>(p, shared.q, tile, item % p.kv_heads, o, row);
+    named_barrier_sync(kStoreBarrier + consumer, kWarpgroup);
+    store_output<kHeadDim>(p, shared.q[q_ring.stage], item, first_row, o, row);
     fence_proxy_async();  // the next Q comes by TMA
     sync_warp();
-    release(&shared.q_empty);
+    release(&shared.q_empty[q_ring.stage]);
   }
-  if (consumer == 0) named_barrier_sync(kTurnBarrier, kConsumers * kWarpgroup);  // takes the turn that is left over
+  if (consumer == 0) named_barrier_sync(kTurnBarrier, 2 * kWarpgroup);  // takes the turn that is left over
 }
 
-template <int kHeadDim>
+template <int kHeadDim, int kProducerRegisters, int kConsumerRegisters>
 DEVICE void attn_prefill(const AttnPrefillParams& p) {
-  PrefillShared<kHeadDim>& shared = *(PrefillShared<kHeadDim>*)shared_memory();
+  using Shared = PrefillShared<kHeadDim>;
+  Shared& shared = *(Shared*)shared_memory();
   pdl_launch_dependents();
   if (thread_idx() == 0) {
     prefetch_tensor_map(&p.q_map);
     prefetch_tensor_map(&p.k_map);
     prefetch_tensor_map(&p.v_map);
-    mbarrier_init(&shared.q_full, 1);
-    mbarrier_init(&shared.q_empty, kConsumerWarps);
-    for (int i = 0; i < kStages; i++) {
-      mbarrier_init(&shared.k_full[i], 1);
-      mbarrier_init(&shared.k_empty[i], kConsumerWarps);
-      mbarrier_init(&shared.v_full[i], 1);
-      mbarrier_init(&shared.v_empty[i], kConsumerWarps);
-    }
+    const auto init = [](Barrier* full, Barrier* empty, int stages) {
+      for (int i = 0; i < stages; i++) {
+        mbarrier_init(&full[i], 1);
+        mbarrier_init(&empty[i], Shared::kConsumers * kWarpgroupWarps);
+      }
+    };
+    init(shared.q_full, shared.q_empty, 2);
+    init(shared.k_full, shared.k_empty, Shared::kKeyStages);
+    init(shared.v_full, shared.v_empty, Shared::kValueStages);
     mbarrier_init_fence();
   }
   sync_threads();
   pdl_wait();
 
-  if (warp_id() < kWarpgroup / kWarp) {
-    registers_decrease<24>();
+  if (warp_id() < kWarpgroupWarps) {
+    registers_decrease<kProducerRegisters>();
     if (warp_id() == 0 && elect_one()) produce(p, shared);
   } else {
-    registers_increase<240>();
+    registers_increase<kConsumerRegisters>();
     consume(p, shared);
   }
 }
 
-KERNEL(attn_prefill_d64, AttnPrefillParams, ATTN_PREFILL_THREADS) { attn_prefill<64>(p); }
-KERNEL(attn_prefill_d128, AttnPrefillParams, ATTN_PREFILL_THREADS) { attn_prefill<128>(p); }
+KERNEL(attn_prefill_d64, AttnPrefillParams, ATTN_PREFILL_THREADS_D64) { attn_prefill<64, 32, 160>(p); }
+KERNEL(attn_prefill_d128, AttnPrefillParams, ATTN_PREFILL_THREADS_D128) { attn_prefill<128, 24, 240>(p); }

@@ -24,10 +24,11 @@ enum {
   EMBED_THREADS = 128,
   NORM_THREADS = 128,
   ROPE_THREADS = 128,
-  GEMM_THREADS = 384,  // one producer and two consumer warpgroups
-  GEMV_THREADS = 160,  // one consumer warpgroup and one warp that loads
-  ATTN_PREFILL_THREADS = 384,
-  ATTN_DECODE_THREADS = 160,  // four compute warps and one that loads
+  GEMM_THREADS = 384,               // one producer and two consumer warpgroups
+  GEMV_THREADS = 160,               // one consumer warpgroup and one warp that loads
+  ATTN_PREFILL_THREADS_D64 = 512,   // one producer and three consumer warpgroups
+  ATTN_PREFILL_THREADS_D128 = 384,  // and two
+  ATTN_DECODE_THREADS = 160,        // four compute warps and one that loads
   SAMPLE_THREADS = 512,
   RANDOM_THREADS = 256,
 
@@ -36,13 +37,15 @@ enum {
   GEMM_SHARED = 232448,  // all there is: as many stages as fit
   GEMV_SHARED_M8 = 92256,
   GEMV_SHARED_M16 = 102496,
-  ATTN_PREFILL_SHARED_D64 = 82000,
-  ATTN_PREFILL_SHARED_D128 = 163920,
+  ATTN_PREFILL_SHARED_D64 = 180424,
+  ATTN_PREFILL_SHARED_D128 = 229528,
   ATTN_DECODE_SHARED_D64 = 84616,
   ATTN_DECODE_SHARED_D128 = 100936,
   SAMPLE_SHARED_BASE = 6640,  // and 4 for each logit of a block's slice
 
-  ATTN_PREFILL_ROWS = 128,  // (query token, head of the group) pairs in a tile of attn_prefill
+  // (query token, head of the group) pairs in a tile of attn_prefill.
+  ATTN_PREFILL_ROWS_D64 = 192,
+  ATTN_PREFILL_ROWS_D128 = 128,
 };
 
 // A tensor map for TMA: on CUDA what cuTensorMapEncodeTiled fills, on the host target the fields of SimtTensorMap.
@@ -270,10 +273,11 @@ typedef struct PrefillTile {
 typedef struct __attribute__((aligned(64))) AttnPrefillParams {
   TensorMap k_map;  // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128
   TensorMap v_map;  // the same for v_pages
-  TensorMap q_map;  // q as 4-D (head_dim, group, kv_heads, rows), box 64 x group x 1 x (128 / group), swizzle 128
-  const PrefillTile* tiles;    // [tile_count], longest first; at most ATTN_PREFILL_ROWS / group tokens each
+  TensorMap q_map;  // q as 4-D (head_dim, group, kv_heads, rows), box 64 x group x 1 x (ROWS / group), swizzle 128
+  const PrefillTile* tiles;    // [tile_count], longest first; at most ATTN_PREFILL_ROWS_* / group tokens each
   const int32_t* tile_count;   // [1]
   const int32_t* block_table;  // [MAX_SLOTS][max_pages]
+  uint32_t* ticket;            // [1] zero between launches
   uint16_t* out;               // [rows][q_heads][head_dim]
   int32_t q_heads, kv_heads, max_pages;
   float scale;  // 1 / sqrt(head_dim)

@@ -127,6 +127,8 @@ DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t last) {
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
   return old;
 }
+// atomicInc (PTX 9.7.13.5), relaxed: the old value; wraps as atomic_ticket does, but orders nothing.
+DEVICE uint32_t atomic_increment(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
 // atom.add relaxed (PTX 9.7.13.5), global or shared; integers only, because float sums would depend on the order.
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomicAdd((unsigned long long*)p, (unsigned long long)v); }

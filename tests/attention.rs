@@ -6,13 +6,13 @@ use crate::random::Random;
 use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::params::{
-    ATTN_DECODE_SHARED_D64, ATTN_DECODE_SHARED_D128, ATTN_PREFILL_ROWS, ATTN_PREFILL_SHARED_D64,
-    ATTN_PREFILL_SHARED_D128, AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, ROPE_THREADS, RopeParams, TensorMap,
+    ATTN_DECODE_SHARED_D64, ATTN_DECODE_SHARED_D128, ATTN_PREFILL_SHARED_D64, ATTN_PREFILL_SHARED_D128,
+    AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, ROPE_THREADS, RopeParams, TensorMap,
 };
 use ponder::kernels::{
     ATTN_DECODE_D64, ATTN_DECODE_D128, ATTN_PREFILL_D64, ATTN_PREFILL_D128, ROPE_APPEND_D64, ROPE_APPEND_D128,
 };
-use ponder::tiles::{ChunkRows, prefill_tiles};
+use ponder::tiles::{ChunkRows, prefill_tile_tokens, prefill_tiles};
 
 const PAGE: usize = PAGE_TOKENS as usize;
 
@@ -208,16 +208,18 @@ impl Cache {
         let (k, v) = (upload(device, &self.k), upload(device, &self.v));
         let query = upload(device, q);
         let table = upload(device, &self.table);
-        let list = prefill_tiles(chunks, heads.group as u32);
+        let (head_dim, heads_per_kv) = (heads.head_dim as u32, heads.group as u32);
+        let list = prefill_tiles(chunks, head_dim, heads_per_kv);
         let tiles = upload(device, &list);
         let tile_count = upload(device, &[list.len() as i32]);
+        let ticket = upload(device, &[0u32]);
         let out = device.alloc(q.len() * 2).unwrap();
         let (d, group, kv) = (heads.head_dim as u64, heads.group as u64, heads.kv as u64);
         let q_map = TensorMapSpec {
             address: query.address(),
             dims: [d, group, kv, q.len() as u64 / (d * group * kv)],
             strides: [2, d * 2, group * d * 2, kv * group * d * 2],
-            r#box: [64, group as u32, 1, ATTN_PREFILL_ROWS / group as u32],
+            r#box: [64, heads_per_kv, 1, prefill_tile_tokens(head_dim, heads_per_kv)],
             swizzle: true,
         };
         let params = AttnPrefillParams {
@@ -227,6 +229,7 @@ impl Cache {
             tiles: tiles.pointer(),
             tile_count: tile_count.pointer(),
             block_table: table.pointer(),
+            ticket: ticket.pointer(),
             out: out.pointer(),
             q_heads: heads.q() as i32,
             kv_heads: heads.kv as i32,
@@ -236,6 +239,7 @@ impl Cache {
         };
         let launch = Launch { shared_bytes: shared, pdl: true, ..kernel.launch([grid, 1, 1], params) };
         device.launch(&launch).unwrap();
+        assert_eq!(download::<u32>(device, &ticket), [0], "the ticket counter winds itself back");
         download(device, &out)
     }
 }

@@ -341,17 +341,19 @@ impl Bench<'_> {
             let sequences = self.sequences(s.heads, chunks)?;
             let elements = (sequences.rows * s.heads.query * s.heads.dim) as usize;
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
-            let tiles = prefill_tiles(&sequences.chunks, s.heads.group());
+            let tiles = prefill_tiles(&sequences.chunks, s.heads.dim, s.heads.group());
             let (list, count) = (self.upload(&tiles)?, self.upload(&[tiles.len() as i32])?);
             let tiles = Tiles {
                 tiles: &list,
                 device_count: &count,
                 count: tiles.len() as u32,
+                rows: sequences.rows,
                 pairs: sequences.pairs,
                 keys: sequences.keys,
             };
+            let workspace = Workspace::new(self.device, 1, s.heads)?;
             let pages = sequences.cache.layer(0);
-            let launch = ops::attn_prefill(self.device, &q, s.heads, sequences.rows, &tiles, &pages, &out)?;
+            let launch = ops::attn_prefill(self.device, &q, s.heads, &tiles, &pages, &out, &workspace)?;
             self.measure("attn_prefill", name, shape, &launch)?;
         }
         for &(batch, keys) in s.sizes.decode {

@@ -748,8 +748,8 @@ static T exchange_loop(T* p, T (*next)(T, T), T v, bool relaxed = true) {
   return old;
 }
 
-uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last) {
-  return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t most) { return x >= most ? 0 : x + 1; }, last, false);
+uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last, bool relaxed) {
+  return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t most) { return x >= most ? 0 : x + 1; }, last, relaxed);
 }
 uint32_t atomic_add(uint32_t* p, uint32_t v) {
   return exchange_loop<uint32_t>(p, [](uint32_t x, uint32_t y) { return x + y; }, v);

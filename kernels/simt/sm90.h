@@ -28,7 +28,7 @@ void set_registers(int count, bool increase);
 void pdl_wait();
 void pdl_launch_dependents();
 
-uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last);
+uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last, bool relaxed = false);
 uint32_t atomic_add(uint32_t* p, uint32_t v);
 uint64_t atomic_add(uint64_t* p, uint64_t v);
 uint32_t atomic_max(uint32_t* p, uint32_t v);
@@ -120,6 +120,9 @@ DEVICE void store_release(uint32_t* p, uint32_t v) { simt::store_release(p, v); 
 DEVICE uint32_t load_acquire_system(const uint32_t* p) { return simt::load_acquire(p); }
 DEVICE void store_release_system(uint32_t* p, uint32_t v) { simt::store_release(p, v); }
 DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t last) { return simt::atomic_inc_wrap(counter, last); }
+DEVICE uint32_t atomic_increment(uint32_t* counter, uint32_t last) {
+  return simt::atomic_inc_wrap(counter, last, true);
+}
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return simt::atomic_add(p, v); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return simt::atomic_add(p, v); }
 DEVICE uint32_t atomic_max(uint32_t* p, uint32_t v) { return simt::atomic_max(p, v); }
