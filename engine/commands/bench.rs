@@ -54,12 +54,12 @@ fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> 
     let frontend = Frontend::without_text(&args.model.path)?;
     let checkpoint = super::checkpoint(&args.model)?;
     let device = Device::open(args.model.device.parse()?)?;
-    // Just as much room as these requests need.
+    // Just as much room as these requests need, and the page for each that the scheduler keeps back.
     let length = args.input_tokens + args.output_tokens;
     let rows = requests.min(MAX_DECODE_ROWS);
     let options = ExecutorOptions {
         max_context: Some(length),
-        pages: Some(rows * length.div_ceil(PAGE_TOKENS)),
+        pages: Some(rows * (length.div_ceil(PAGE_TOKENS) + 1)),
         graphs: !args.model.no_graphs,
         ..ExecutorOptions::default()
     };
