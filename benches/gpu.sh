@@ -102,7 +102,7 @@ run_profile() {
         "sample       top_k_top_p rows=16 "
     )
     [ "$TEST_DEVICE" != host ] || shapes=tiny cases=(
-        "gemm         gate_up     rows=600 "
+        "gemm         gate_up     rows=300 "
         "attn_prefill prefill     q=4 kv=2 d=64 rows=100 "
         "attn_decode  decode      q=4 kv=2 d=64 rows=1 "
         "gemv         gate_up     rows=1 "
