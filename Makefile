@@ -17,7 +17,7 @@ TESTS :=
 ON_KERNELS := attention bench::random norms products sampler simt model::a_checked_run
 FUZZ_SECONDS := 60
 
-.PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle setup
+.PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle predict plots setup
 
 run: # answers a question with the tiny model on whatever this machine has
 	@scripts/toolchain.sh libclang $(if $(DRIVER),cuda)
@@ -52,6 +52,14 @@ fuzz: setup # a minute for each parser of outside input
 
 gpu-bundle: setup # what benches/gpu.sh needs on a machine without Rust
 	scripts/gpu-bundle.sh
+
+predict: setup # writes benches/predictions.json and docs/predictions.md anew
+	$(CARGO) build --release
+	python3 benches/predict.py
+
+plots: # draws docs/*.svg and *.png from benches/results/, or from the predictions
+	@scripts/toolchain.sh matplotlib
+	.toolchain/matplotlib/bin/python benches/plot.py
 
 setup:
 	@scripts/toolchain.sh libclang cuda disassembler clang-format

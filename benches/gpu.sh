@@ -68,9 +68,9 @@ run_yardsticks() {
 
 lengths() {
     if [ "$TEST_DEVICE" = host ]; then
-        echo --input-tokens 64 --output-tokens 16 --iterations 2
+        echo --input-tokens 64 --output-tokens 16
     else
-        echo --input-tokens 1024 --output-tokens 128 --iterations 3
+        echo --input-tokens 1024 --output-tokens 128
     fi
 }
 
@@ -79,15 +79,15 @@ model() {
     name=$(basename "$1")
     local flags=("$1" --load-format dummy --device "$device" $(lengths))
     for batch in 1 16; do
-        "$bundle/ponder" bench latency "${flags[@]}" --batch $batch --json "$OUT/latency-$name-$batch.json" || return
+        "$bundle/ponder" bench latency "${flags[@]}" --iterations 3 --batch $batch --json "$OUT/latency-$name-$batch.json" || return
     done
     "$bundle/ponder" bench throughput "${flags[@]}" --requests 64 --iterations 1 --json "$OUT/throughput-$name.json"
 }
 
 torch_model() {
     for batch in 1 16; do
-        "$PYTHON" benches/transformers_decode.py "$1" --load-format dummy --device "$TEST_DEVICE" $(lengths) --batch $batch \
-            --json "$OUT/torch-$(basename "$1")-$batch.json" || return
+        "$PYTHON" benches/transformers_decode.py "$1" --load-format dummy --device "$TEST_DEVICE" $(lengths) --iterations 3 \
+            --batch $batch --json "$OUT/torch-$(basename "$1")-$batch.json" || return
     done
 }
 

@@ -4,6 +4,7 @@
 #   cuda          nvcc 13.0        ($CUDA_HOME, or the one on the PATH, or Python wheels)
 #   disassembler  cuobjdump, nvdisasm (Python wheels): for the table of kernel resources
 #   clang-format  the pinned one (Python wheel)
+#   matplotlib    a Python with it, for the plots (venv)
 # .cargo/config.toml and the Makefile point there. A tool that is there is left alone; one that is being fetched appears
 # only when it is complete, so an interrupted run is simply run again.
 set -eu
@@ -80,6 +81,16 @@ clang_format() {
     keep clang_format/data bin/clang-format
 }
 
+matplotlib() {
+    echo "toolchain: fetching matplotlib"
+    # A venv does not survive being moved, so it is made in its place, and what marks it complete comes last.
+    python3 -m venv --clear "$home/matplotlib.venv" ||
+        fail "python3 cannot make a venv: install python3 with its venv module (Debian: python3-venv)"
+    "$home/matplotlib.venv/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: matplotlib==3.10.7 ||
+        fail "cannot fetch matplotlib: pip needs a network to reach its package index"
+    ln -sfn matplotlib.venv "$home/matplotlib"
+}
+
 for name in "$@"; do
     [ -e "$home/$name" ] && continue
     rm -f "$home/$name" # a link whose target has gone
@@ -88,6 +99,7 @@ for name in "$@"; do
     cuda) cuda ;;
     disassembler) disassembler ;;
     clang-format) clang_format ;;
+    matplotlib) matplotlib ;;
     *) fail "unknown tool $name" ;;
     esac
 done

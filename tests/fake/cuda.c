@@ -128,7 +128,7 @@ Result cuMemGetInfo_v2(size_t* free, size_t* total) {
   return *free = number("FAKE_FREE", 1000), *total = 2000, SUCCESS;
 }
 Result cuMemAlloc_v2(Address* address, size_t bytes) {
-  if (bytes > 1 << 30) return OUT_OF_MEMORY;
+  if (bytes > 4ull << 30) return OUT_OF_MEMORY;
   // As badly aligned as the driver may: 256 bytes.
   return *address = (Address)aligned_alloc(1024, (bytes / 1024 + 2) * 1024) + 256, SUCCESS;
 }
