@@ -61,6 +61,13 @@ run_kernels() {
     "$bundle/ponder" bench kernels --device "$device" --seconds $seconds --json "$OUT/kernels.json"
 }
 
+# Every tile of every prefill product, to hold the cost model (engine/tiling.rs) against.
+run_tiles() {
+    local seconds=0.01
+    [ "$TEST_DEVICE" != host ] || seconds=0
+    "$bundle/ponder" bench kernels --device "$device" --filter "gemm " --all-tiles --seconds $seconds --json "$OUT/tiles.json"
+}
+
 run_yardsticks() {
     [ -s "$OUT/kernels.json" ] || skip "no kernels.json to stand beside"
     "$PYTHON" benches/yardsticks.py "$OUT/kernels.json" --device "$TEST_DEVICE" --json "$OUT/yardsticks.json"
@@ -81,7 +88,9 @@ model() {
     for batch in 1 16; do
         "$bundle/ponder" bench latency "${flags[@]}" --iterations 3 --batch $batch --json "$OUT/latency-$name-$batch.json" || return
     done
-    "$bundle/ponder" bench throughput "${flags[@]}" --requests 64 --iterations 1 --json "$OUT/throughput-$name.json"
+    local requests=64
+    [ "$TEST_DEVICE" != host ] || requests=20
+    "$bundle/ponder" bench throughput "${flags[@]}" --requests $requests --iterations 1 --warmup 0 --json "$OUT/throughput-$name.json"
 }
 
 torch_model() {
@@ -121,7 +130,7 @@ run_profile() {
     done
     return $result
 }
-export -f skip run_tests sanitize run_kernels run_yardsticks lengths model torch_model run_profile
+export -f skip run_tests sanitize run_kernels run_tiles run_yardsticks lengths model torch_model run_profile
 
 # ---- running them, the most valuable first ----
 
@@ -129,15 +138,16 @@ parts=() shares=() commands=()
 part() { # NAME SHARE COMMAND
     parts+=("$1") shares+=("$2") commands+=("$3")
 }
-part tests 110 run_tests
+part tests 100 run_tests
 part memcheck 50 "sanitize memcheck"
 part racecheck 40 "sanitize racecheck"
 part synccheck 25 "sanitize synccheck"
-part kernels 95 run_kernels
+part kernels 85 run_kernels
 part yardsticks 60 run_yardsticks
 for folder in "${models[@]}"; do part "$(basename "$folder")" $((90 / ${#models[@]})) "model $folder"; done
 for folder in "${models[@]}"; do part "torch-$(basename "$folder")" $((80 / ${#models[@]})) "torch_model $folder"; done
 part profile 50 run_profile
+part tiles 20 run_tiles
 
 pending=()
 for i in "${!parts[@]}"; do

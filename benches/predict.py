@@ -53,6 +53,18 @@ FIGURES = [
     (("llama-3.1-8b", "prefill", "rows", 16384), "FlashAttention 3", 621),
 ]
 
+# (case, what counts, at least).
+GOALS = [
+    (("square", "product", "rows", 8192), "tflop_per_s", 800),
+    (("llama-3.1-8b", "prefill", "rows", 4096), "tflop_per_s", 580),
+    (("llama-3.1-8b", "prefill", "rows", 16384), "tflop_per_s", 600),
+    (("llama-3.1-8b", "decode", "keys", 16 * 8192), "gb_per_s", 3000),
+    (("qwen2.5-32b", "gate_up", "rows", 1), "roofline_percent", 90),
+    (("qwen2.5-32b", "down", "rows", 1), "roofline_percent", 90),
+    (("qwen2.5-32b", "o", "rows", 1), "roofline_percent", 90),
+    (("qwen2.5-32b", "add_norm", "rows", 8192), "gb_per_s", 3000),
+]
+
 
 # ---- what the host launches ----
 
@@ -74,8 +86,10 @@ def launches(table):
         environment = dict(os.environ, LD_LIBRARY_PATH=folder, FAKE_KERNELS=kernels, FAKE_FREE="2000000000")
         command = ["target/release/ponder", "bench", "kernels", "--device", "cuda:0", "--seconds", "0", "--json", report]
         with open(f"{folder}/log", "w+") as log:
-            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=log)
+            code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=log).returncode
             log.seek(0)
+            if code:
+                sys.exit(f"cargo build --release, then again: {log.read().splitlines()[-1]}")
             calls = [line.removeprefix("cuda: ") for line in log.read().splitlines()]
         cases = json.loads(pathlib.Path(report).read_text())["results"]
     # What is measured stands between two events.
@@ -280,6 +294,11 @@ def rows(case, loop, tiling):
 MODEL = {"gemm": gemm, "gemv": gemv, "attn_prefill": attn_prefill, "attn_decode": attn_decode, "sample": sample}
 
 
+def is_case(kernel, case):
+    model, name, key, value = case
+    return (kernel["model"], kernel["name"], kernel["shape"].get(key)) == (model, name, value)
+
+
 def predict(case, use, loop, tiling):
     case["threads"] = use["threads"]
     us, bound, why = MODEL.get(case["op"], rows)(case, loop, tiling)
@@ -294,13 +313,32 @@ def predict(case, use, loop, tiling):
         "why": why,
         "yardsticks": [
             {"yardstick": name, "what": "published", "us": {"median": round(case["flops"] / figure / 1e6, 2)}}
-            for (model, use, key, value), name, figure in FIGURES
-            if (case["model"], case["name"], case["shape"].get(key)) == (model, use, value)
+            for figured, name, figure in FIGURES
+            if is_case(case, figured)
         ],
     }
 
 
 # ---- the document ----
+
+
+def ring(kernel, shared_bytes):
+    """(copies that may be on their way, bytes of each) of kernels that load through a ring in shared memory, else None."""
+    of_family = lambda family, name: re.search(rf"{name} = (.*?);", pathlib.Path(f"kernels/{family}.cu").read_text())[1]
+    if kernel.startswith("gemm"):
+        columns = int(re.search(r"_n(\d+)", kernel)[1])
+        stage, result = (128 + columns) * 64 * 2, 128 * columns * (1 if "silu" in kernel else 2)
+        return min(int(of_family("gemm", "kMostStages")), (shared_bytes - 512 - result) // stage), stage
+    if kernel.startswith("gemv"):
+        return int(of_family("gemv", "int kStages")), 64 * 128 * 2
+    if kernel.startswith("attn"):
+        family, dim = kernel.rsplit("_d", 1)
+        if family == "attn_decode":
+            return 65536 // (64 * int(dim) * 2), 64 * int(dim) * 2
+        stages = (re.findall(r"\d+", of_family(family, name)) for name in ("kKeyStages", "kValueStages"))
+        return sum(int(numbers[1 if dim == "64" else 2]) for numbers in stages), 128 * int(dim) * 2
+    return None
+
 
 
 def shape_text(shape):
@@ -322,7 +360,7 @@ predicted is what `ponder bench kernels` measures: one launch between two events
 - **Fixed costs**: {LAUNCH} us between two events around a kernel that does nothing; {LATENCY} us until the first bytes come from HBM
   under load; {MERGE} us to merge parts by ticket.
 - **Memory**: {100 * READABLE:.1f} % of {BYTES / 1e12:.2f} TB/s, the best that streams of reads are known to get. By Little's law that needs
-  {BYTES * READABLE * LATENCY * 1e-6 / PROCESSORS / 1024:.0f} KB in flight on every processor; the table of kernels says what each has.
+  {BYTES * READABLE * LATENCY * 1e-6 / PROCESSORS / 1024:.0f} KB in flight on every processor; the table of kernels says what each has room for.
 - **Products** (gemm): waves x (k / 64 x the slowest of tensor cores, L2 and instruction issue + the result), with the constants of
   engine/tiling.rs at {CLOCK / 1e9:.3f} GHz. Tiles are dealt in waves, so what counts is how much of the last wave is wanted ("wanted"
   below: results asked for, of those the waves could make). Never faster than {POWER / 1e12:.0f} TFLOP/s, which is what 700 W have been
@@ -337,13 +375,25 @@ predicted is what `ponder bench kernels` measures: one launch between two events
 
 Least certain: the exposed part of the softmax, the power limit (it depends on the board), the sampler's barriers.
 
+## Against the goals
+
+| model | for | shape | kernel | predicted | goal |
+|---|---|---|---|---|---|
+"""
+    units = {"tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "roofline_percent": "% of the roofline"}
+    for case, what, least in GOALS:
+        k = next(k for k in kernels if is_case(k, case))
+        text += (
+            f"| {k['model']} | {k['name']} | {shape_text(k['shape'])} | {k['kernel']} | {k[what]:.0f} {units[what]} | {least} |\n"
+        )
+    text += f"""
 ## The kernels
 
-Main loop: of the innermost loops with most matrix instructions the shortest, and in it the shortest way; per warp and iteration. In flight: shared memory for
-copies (the launch's, with all of its rings) on a processor.
+Main loop: of the innermost loops with most matrix instructions the shortest, and in it the shortest way; per warp and iteration. Ring: copies
+that may be on their way at once, on one processor, which Little's law asks {BYTES * READABLE * LATENCY * 1e-6 / PROCESSORS / 1024:.0f} KB of.
 
-| kernel | registers | KB shared | blocks a processor | loop: instructions | HGMMA or HMMA | instructions for each | of these |
-|---|---|---|---|---|---|---|---|
+| kernel | registers | KB shared | blocks a processor | ring, KB | loop: instructions | HGMMA or HMMA | instructions for each | of these |
+|---|---|---|---|---|---|---|---|---|
 """
     shared = {k["kernel"]: k["shared_bytes"] for k in kernels}
     for name, use in table.items():
@@ -354,8 +404,10 @@ copies (the launch's, with all of its rings) on a processor.
         loop = loops.get(name)
         each = f"{loop['instructions'] / loop['products']:.1f}" if loop and loop["products"] else ""
         mix = ", ".join(f"{n} {i}" for i, n in list(loop["mix"].items())[:7]) if loop else "no loop"
+        copies = ring(name, shared[name])
+        in_flight = f"{copies[0]} x {copies[1] // 1024} = {copies[0] * copies[1] // 1024}" if copies else ""
         text += (
-            f"| {name} | {use['registers']} | {bytes_ / 1024:.0f} | {fit} | {loop['instructions'] if loop else ''} |"
+            f"| {name} | {use['registers']} | {bytes_ / 1024:.0f} | {fit} | {in_flight} | {loop['instructions'] if loop else ''} |"
             f" {loop['products'] or '' if loop else ''} | {each} | {mix} |\n"
         )
     titles = {

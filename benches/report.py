@@ -2,7 +2,7 @@
 
     python3 benches/report.py OUT PART... [--results FOLDER]
 
-Reads OUT/PART.part (status, seconds), kernels.json, yardsticks.json, latency-*, throughput-* and torch-*.json and profile-*.csv,
+Reads OUT/PART.part (status, seconds), kernels.json, tiles.json, yardsticks.json, latency-*, throughput-* and torch-*.json and profile-*.csv,
 whichever are there and whole; writes OUT/gpu.json. With --results it is copied to FOLDER/<date>-<device>.json if every part has
 passed. The exit code is 1 if a part has failed. Needs Python alone.
 """
@@ -11,6 +11,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import os
 import pathlib
 import re
@@ -102,13 +103,14 @@ def table(kernels):
     for kernel in best.values():
         compute = kernel["op"] in ("gemm", "attn_prefill")
         rate = f"{kernel['tflop_per_s']:.1f} TFLOP/s" if compute else f"{kernel['gb_per_s']:.0f} GB/s"
-        percent = kernel["roofline_percent"]
+        percent, ratio = kernel["roofline_percent"], kernel["ratio"]
+        percent = "-" if percent is None else f"{percent:.1f}"
+        ratio = "-" if ratio is None else f"{ratio:.2f}"
         fastest = min(kernel["yardsticks"], key=lambda y: y["us"]["median"], default=None)
+        yardstick = f"{fastest['us']['median']:.2f} {fastest['yardstick']:<6}" if fastest else "-"
         lines.append(
             f"{kernel['kernel']:<20} {kernel['name']:<12} {shape_text(kernel['shape']):<46} {kernel['us']['median']:>10.2f}"
-            f" {rate:>14} {'-' if percent is None else f'{percent:.1f}':>10}"
-            f" {f'''{fastest['us']['median']:.2f} {fastest['yardstick']:<6}''' if fastest else '-':>19}"
-            f" {f'''{kernel['ratio']:.2f}''' if fastest else '-':>6}"
+            f" {rate:>14} {percent:>10} {yardstick:>19} {ratio:>6}"
         )
     return lines
 
@@ -129,15 +131,32 @@ def against_yardsticks(kernels):
     return lines
 
 
+def tile_lines(kernels, tiles):
+    """How far the cost model's tile is from the best one."""
+    best = {}
+    for tile in tiles:
+        best[case(tile)] = min(best.get(case(tile), math.inf), tile["us"]["median"])
+    lost = {case(k): (k["us"]["median"] / best[case(k)] - 1, k) for k in kernels if case(k) in best}
+    if not lost:
+        return []
+    worst, kernel = max(lost.values(), key=lambda pair: pair[0])
+    near = sum(loss <= 0.03 for loss, _ in lost.values())
+    return [
+        f"the cost model's tile is within 3 % of the best at {near} of {len(lost)} shapes, at the worst {100 * worst:.0f} % slower"
+        f" ({kernel['model']} {kernel['name']} {shape_text(kernel['shape'])})"
+    ]
+
+
 def model_lines(models):
     lines = []
     for name, report in models.items():
         results = report["results"]
         gap = results.get("time_per_output_token_ms")
+        per_token = f"{gap['p50']:.3f}" if gap else "-"
         decode = results.get("decode_roofline_percent")
         lines.append(
             f"{name:<28} {results['time_to_first_token_ms']['p50']:>10.2f} ms to the first token"
-            f" {f'''{gap['p50']:.3f}''' if gap else '-':>10} ms per token {results['output_tokens_per_second']:>10.1f} tokens/s"
+            f" {per_token:>10} ms per token {results['output_tokens_per_second']:>10.1f} tokens/s"
             + (f" {decode:>6.1f} % of the roofline" if decode else "")
         )
     return lines
@@ -154,6 +173,7 @@ def main():
     kernels_report = read_json(out / "kernels.json") or {}
     kernels = kernels_report.get("results", [])
     add_yardsticks(kernels, (read_json(out / "yardsticks.json") or {}).get("results", []))
+    tiles = (read_json(out / "tiles.json") or {}).get("results", [])
     reports = {p.stem: read_json(p) for kind in ("latency", "throughput", "torch") for p in sorted(out.glob(f"{kind}-*.json"))}
     models = {name: report for name, report in reports.items() if report}
     profiles = {p.stem.removeprefix("profile-"): read_profile(p) for p in sorted(out.glob("profile-*.csv"))}
@@ -170,6 +190,7 @@ def main():
         "roofline": kernels_report.get("roofline"),
         "parts": parts,
         "kernels": kernels,
+        "tiles": tiles,
         "models": models,
         "profiles": {name: profile for name, profile in profiles.items() if profile},
     }
@@ -179,7 +200,8 @@ def main():
     print(f"\n{result['device']}, driver {result['driver']}, commit {result['commit']}, {result['date']}\n")
     for part in parts:
         print(f"{part['name']:<28} {part['status']:<40} {part['seconds']:>5} s")
-    for lines in (model_lines(models), against_yardsticks(kernels), table(kernels) if kernels else []):
+    summary = against_yardsticks(kernels) + tile_lines(kernels, tiles)
+    for lines in (model_lines(models), summary, table(kernels) if kernels else []):
         if lines:
             print("", *lines, sep="\n")
 

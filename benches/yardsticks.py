@@ -73,7 +73,7 @@ def products(case):
     rows, n, k = (case["shape"][key] for key in ("rows", "n", "k"))
     x, w = random(rows, k), random(n, k, deviation=0.02)
     out = torch.empty(rows, n, dtype=torch.bfloat16)
-    yield "cublas", "torch.mm", lambda: torch.mm(x, w.t(), out=out)
+    yield "cublas" if x.is_cuda else "torch", "torch.mm", lambda: torch.mm(x, w.t(), out=out)
     if "_bias" in case["kernel"]:
         bias = random(n, deviation=0.02)
         yield "torch", "linear with bias", lambda: F.linear(x, w, bias)
@@ -175,6 +175,7 @@ def main():
         sys.exit(77)
     device = "cuda" if args.device == "cuda" else "cpu"
     torch.set_default_device(device)
+    torch.set_num_threads(1)  # a rehearsal only; a GPU's host needs no more
     torch.set_grad_enabled(False)
     torch.manual_seed(1)
     clock = Clock(device, args.seconds if device == "cuda" else 0)
