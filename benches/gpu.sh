@@ -25,7 +25,7 @@ export PONDER_COMMIT
 key="$TEST_DEVICE $(cat "$bundle/tests" "$bundle/ponder" | cksum)"
 
 if [ "$TEST_DEVICE" = host ]; then
-    export device=host
+    export device=host OMP_NUM_THREADS=1
     total=${SECONDS_TOTAL:-3000}
     models=(models/modulo)
 else

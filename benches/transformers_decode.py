@@ -4,14 +4,13 @@
     python3 benches/transformers_decode.py benches/models/qwen2.5-7b --load-format dummy --batch 16 --json torch.json
 
 On a GPU a decode step is one CUDA graph, replayed; a prefill is launched operation by operation. On the CPU both are plain
-calls, on as many threads as there are cores. Prompts are random ids, drawing is greedy, every answer has the length asked for.
+calls; OMP_NUM_THREADS says on how many threads. Prompts are random ids, drawing is greedy, every answer has the length asked for.
 `--load-format dummy` makes random weights from config.json. Prints one JSON object. Exit code 77: there is no torch, no
 transformers, or no GPU.
 """
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -119,7 +118,6 @@ def main():
         print("skipped: no GPU")
         sys.exit(77)
     cuda = torch.cuda.is_available() and args.device != "host"
-    torch.set_num_threads(os.cpu_count())
     torch.set_grad_enabled(False)
     torch.manual_seed(1)
     torch.set_default_device("cuda" if cuda else "cpu")
@@ -154,7 +152,7 @@ def main():
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "threads": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "cuda_graph": cuda,
         "args": {key: str(value) if key == "model" else value for key, value in vars(args).items() if key != "json"},
         "results": {

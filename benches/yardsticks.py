@@ -175,7 +175,6 @@ def main():
         sys.exit(77)
     device = "cuda" if args.device == "cuda" else "cpu"
     torch.set_default_device(device)
-    torch.set_num_threads(1)  # a rehearsal only; a GPU's host needs no more
     torch.set_grad_enabled(False)
     torch.manual_seed(1)
     clock = Clock(device, args.seconds if device == "cuda" else 0)
