@@ -163,6 +163,17 @@ def save(path, report):
     os.replace(new, path)
 
 
+def measure(clock, operation, line, report):
+    try:
+        line = line | {"us": clock.time(operation)}
+    except (RuntimeError, TypeError, ValueError) as e:
+        # Such as a backend that does not have this case.
+        report["failed"].append(line | {"error": str(e).splitlines()[0]})
+        return
+    report["results"].append(line)
+    print(f"{line['model']:<13} {line['op']:<12} {line['name']:<11} {line['yardstick']:<6} {line['us']['median']:>10.2f} us  {line['what']}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", type=pathlib.Path, help="what `ponder bench kernels --json` wrote")
@@ -188,16 +199,13 @@ def main():
         "failed": [],
     }
     for case in json.loads(args.kernels.read_text())["results"]:
-        for name, what, operation in OPERATIONS.get(case["op"], lambda case: ())(case):
-            line = {key: case[key] for key in ("name", "model", "op", "shape")} | {"yardstick": name, "what": what}
-            try:
-                line["us"] = clock.time(operation)
-            except RuntimeError as e:
-                # Such as a backend that does not have this case.
-                report["failed"].append(line | {"error": str(e).splitlines()[0]})
-                continue
-            report["results"].append(line)
-            print(f"{case['model']:<13} {case['op']:<12} {case['name']:<11} {name:<6} {line['us']['median']:>10.2f} us  {what}")
+        line = {key: case[key] for key in ("name", "model", "op", "shape")}
+        try:
+            for name, what, operation in OPERATIONS.get(case["op"], lambda case: ())(case):
+                line |= {"yardstick": name, "what": what}
+                measure(clock, operation, line, report)
+        except torch.OutOfMemoryError as e:
+            report["failed"].append(line | {"error": str(e).splitlines()[0]})
         save(args.json, report)
     if not report["results"]:
         sys.exit("nothing could be measured: " + json.dumps(report["failed"][:3]))
