@@ -200,7 +200,8 @@ def main():
     print(f"\n{result['device']}, driver {result['driver']}, commit {result['commit']}, {result['date']}\n")
     for part in parts:
         print(f"{part['name']:<28} {part['status']:<40} {part['seconds']:>5} s")
-    summary = against_yardsticks(kernels) + tile_lines(kernels, tiles)
+    # Times of the host target compare with nothing.
+    summary = against_yardsticks(kernels) + tile_lines(kernels, tiles) if result["roofline"] else []
     for lines in (model_lines(models), summary, table(kernels) if kernels else []):
         if lines:
             print("", *lines, sep="\n")
