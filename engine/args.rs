@@ -172,6 +172,13 @@ pub struct ModelArgs {
     /// KV cache size in pages of 64 tokens [default: enough for one longest sequence, more on a GPU].
     #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_pages: Option<u32>,
+    /// Requests that run at a time; others wait [default: 16].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1024))]
+    pub max_sequences: Option<u32>,
+    /// Make each answer depend on its request alone, whatever else runs: nothing is preempted, and only what prompts have
+    /// computed is shared.
+    #[arg(long)]
+    pub deterministic: bool,
     /// Thinking delimiters: s1 (<|im_start|>think ... <|im_start|>answer), think-tags (<think> ... </think>), none, or auto:
     /// what the model folder says.
     #[arg(long, value_enum, default_value = "auto", value_name = "KIND")]
@@ -191,7 +198,8 @@ pub struct SourceArgs {
     /// Model folder: config.json, safetensors, tokenizer.json.
     #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
     pub path: PathBuf,
-    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
+    /// host, cuda:N, sim:h100 (no model runs: tokens are made up in the time that a GPU would take), or auto: a GPU if there is
+    /// one, else the host target.
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: String,
     /// Where the weights come from.

@@ -5,29 +5,83 @@
 //! the token of the one before it: [`RUN_AHEAD`] of them are in flight. An error of the device is sticky: drop the engine.
 
 use crate::Result;
-use crate::batch::{Finish, TokenEvent};
+use crate::batch::{Batch, Finish, TokenEvent};
 use crate::blocks::PageHash;
 use crate::device::Device;
-use crate::executor::{Executor, ExecutorOptions, KernelCost};
+use crate::executor::{Executor, ExecutorOptions, KernelCost, MemoryPlan};
 use crate::frontend::{Frontend, Request};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::model::Weights;
 use crate::scheduler::{Counters, Limits, Scheduler, Submission};
 use crate::sequence::{FinishReason, Piece, Transcript};
+use crate::simulator::Simulator;
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 /// Steps launched before the token of the first of them is read.
 pub const RUN_AHEAD: u32 = 3;
 
+/// Prompt tokens in one step while others decode. Fewer would take hardly less time on an H100: its tensor cores need as long
+/// for about 300 tokens as its memory for the weights.
+const PREFILL_BESIDE_DECODE: u32 = 256;
+
 pub struct Engine {
     pub frontend: Frontend,
-    executor: Executor,
+    runner: Runner,
     scheduler: Scheduler,
     /// Requests without an end, by serial.
     open: BTreeMap<u32, Transcript>,
     next_serial: u32,
     /// Longest sequence.
     context: u32,
+    start: Instant,
+}
+
+/// What runs the steps.
+enum Runner {
+    Executor(Box<Executor>),
+    Simulator(Box<Simulator>),
+}
+
+impl Runner {
+    fn plan(&self) -> &MemoryPlan {
+        match self {
+            Runner::Executor(executor) => executor.plan(),
+            Runner::Simulator(simulator) => simulator.plan(),
+        }
+    }
+
+    /// Most sequences in one step.
+    fn rows(&self) -> u32 {
+        match self {
+            Runner::Executor(_) => MAX_DECODE_ROWS,
+            Runner::Simulator(simulator) => simulator.plan().slots - 1,
+        }
+    }
+
+    fn in_flight(&self) -> u32 {
+        match self {
+            Runner::Executor(executor) => executor.in_flight(),
+            Runner::Simulator(simulator) => simulator.in_flight(),
+        }
+    }
+
+    fn submit(&mut self, batch: &Batch) -> Result<()> {
+        match self {
+            Runner::Executor(executor) => executor.submit(batch),
+            Runner::Simulator(simulator) => {
+                simulator.submit(batch);
+                Ok(())
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Vec<TokenEvent>> {
+        match self {
+            Runner::Executor(executor) => executor.wait(),
+            Runner::Simulator(simulator) => Ok(simulator.wait()),
+        }
+    }
 }
 
 /// Names a request while the engine lives.
@@ -68,20 +122,38 @@ impl Engine {
         options: &ExecutorOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Engine> {
-        let executor =
-            Executor::new(device, &frontend.config, weights, &frontend.tokenizer.traits(), options, progress)?;
-        let plan = executor.plan();
+        let (config, traits) = (&frontend.config, frontend.tokenizer.traits());
+        let runner = match device.simulated() {
+            Some(&gpu) => {
+                let plan = MemoryPlan::new(device, config, options)?;
+                Runner::Simulator(Box::new(Simulator::new(gpu, config, plan, traits)))
+            }
+            None => {
+                let executor = Executor::new(device, config, weights, &traits, options, progress)?;
+                Runner::Executor(Box::new(executor))
+            }
+        };
+        let plan = runner.plan();
         let context = plan.context;
         let limits = Limits {
             slots: plan.slots,
             pages: plan.pages,
             page_tokens: PAGE_TOKENS,
-            rows: MAX_DECODE_ROWS,
+            rows: runner.rows(),
             prefill_tokens: plan.prefill_chunk,
+            prefill_beside_decode: plan.prefill_chunk.min(PREFILL_BESIDE_DECODE),
             deterministic: options.deterministic,
         };
         let scheduler = Scheduler::new(limits);
-        Ok(Engine { frontend, executor, scheduler, open: BTreeMap::new(), next_serial: 0, context })
+        Ok(Engine {
+            frontend,
+            runner,
+            scheduler,
+            open: BTreeMap::new(),
+            next_serial: 0,
+            context,
+            start: Instant::now(),
+        })
     }
 
     /// Longest sequence: prompt and answer.
@@ -92,12 +164,24 @@ impl Engine {
     /// # Errors
     /// A request that can never be served; nothing has changed then.
     pub fn submit(&mut self, request: &Request) -> Result<RequestId> {
+        self.submit_as(request, None)
+    }
+
+    /// Another answer to the prompt of `parent`, which is computed once while that one runs. Seeds should differ.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`].
+    pub fn fork(&mut self, parent: RequestId, request: &Request) -> Result<RequestId> {
+        self.submit_as(request, Some(parent.0))
+    }
+
+    fn submit_as(&mut self, request: &Request, fork_of: Option<u32>) -> Result<RequestId> {
         let serial = self.next_serial;
         let (setup, transcript) = self.frontend.accept(request, serial, self.context)?;
         self.next_serial += 1;
         self.open.insert(serial, transcript);
         let tenant = PageHash::root(&request.tenant);
-        self.scheduler.submit(Submission { setup, priority: request.priority, tenant, fork_of: None });
+        self.scheduler.submit(Submission { setup, priority: request.priority, tenant, fork_of });
         Ok(RequestId(serial))
     }
 
@@ -106,6 +190,14 @@ impl Engine {
         let mut transcript = self.open.remove(&request.0)?;
         assert!(self.scheduler.cancel(request.0), "open requests are known to the scheduler");
         Some(Update { request, token: None, text: transcript.finish(), finish: Some(FinishReason::Cancelled) })
+    }
+
+    /// Time since the start, as the device has it: a simulated one may only count it.
+    pub fn now(&self) -> Duration {
+        match &self.runner {
+            Runner::Executor(_) => self.start.elapsed(),
+            Runner::Simulator(simulator) => simulator.now(),
+        }
     }
 
     pub fn is_idle(&self) -> bool {
@@ -117,11 +209,11 @@ impl Engine {
     /// # Errors
     /// The device failed.
     pub fn step(&mut self) -> Result<Vec<Update>> {
-        while self.executor.in_flight() < RUN_AHEAD {
+        while self.runner.in_flight() < RUN_AHEAD {
             let Some(batch) = self.scheduler.plan() else { break };
-            self.executor.submit(&batch)?;
+            self.runner.submit(&batch)?;
         }
-        let events = if self.executor.in_flight() > 0 { self.executor.wait()? } else { Vec::new() };
+        let events = if self.runner.in_flight() > 0 { self.runner.wait()? } else { Vec::new() };
         Ok(events.into_iter().filter_map(|event| self.update(event)).collect())
     }
 
@@ -156,7 +248,12 @@ impl Engine {
 
     /// What each kernel has cost, if the executor was told to profile.
     pub fn profile(&self) -> impl Iterator<Item = (&'static str, KernelCost)> {
-        self.executor.profile()
+        match &self.runner {
+            Runner::Executor(executor) => Some(executor.profile()),
+            Runner::Simulator(_) => None,
+        }
+        .into_iter()
+        .flatten()
     }
 
     pub fn stats(&self) -> Stats {

@@ -3,6 +3,7 @@
 
 use crate::batch::{Batch, PrefillChunk, TokenEvent, Work};
 use crate::config::ModelConfig;
+use crate::device::simulated::SimulatedGpu;
 use crate::device::{Buffer, Device, Graph, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS};
 use crate::kv_cache::KvCache;
@@ -81,10 +82,12 @@ impl MemoryPlan {
         }
         let mut context = options.max_context.unwrap_or(model_context);
         let (free, _) = device.memory()?;
-        let weights = model::weight_bytes(c);
+        // The sizes below are those of bf16.
+        let halves = device.simulated().map_or(2, SimulatedGpu::element_bytes);
+        let weights = model::weight_bytes(c) * halves / 2;
         let activations = Activations::bytes(c, options.prefill_chunk) + context as u64 * c.head_dim as u64 * 4;
         let slot_states = slots::slot_bytes(options.max_slots, c.vocab_size);
-        let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c));
+        let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c)) * halves / 2;
         // Some is left to the driver, and on the host target to everybody else.
         let usable = if device.is_host() { free / 2 } else { free - free / 16 };
         let room = usable.saturating_sub(weights + activations + slot_states) / page_bytes;

@@ -170,7 +170,7 @@ pub mod planted {
     }
 }
 
-/// The state machine of kernels/budget.cuh without a sampler around it: for the tests alone.
+/// The state machine of kernels/budget.cuh without a sampler around it: for the tests and the simulated device.
 pub mod budget {
     use super::params::{self, Budget, PoolString};
 

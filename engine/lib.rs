@@ -24,6 +24,7 @@ pub mod ops;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod simulator;
 pub mod slots;
 pub mod telemetry;
 pub mod thinking;

@@ -127,7 +127,7 @@ pub fn weight_bytes(c: &ModelConfig) -> u64 {
 }
 
 /// Elements of the matrices that every token is multiplied with, the head left out.
-fn layer_elements(c: &ModelConfig) -> u64 {
+pub fn layer_elements(c: &ModelConfig) -> u64 {
     let heads = heads(c);
     let q = (heads.query * heads.dim) as usize;
     (c.num_layers * (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size) as u64

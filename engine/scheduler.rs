@@ -24,8 +24,9 @@ pub struct Limits {
     pub page_tokens: u32,
     /// Most sequences in one step.
     pub rows: u32,
-    /// Most prompt tokens in one step.
+    /// Most prompt tokens in one step, and most while others wait to decode: the pause between their tokens.
     pub prefill_tokens: u32,
+    pub prefill_beside_decode: u32,
     /// A sequence's tokens depend on nothing but itself. Decoding rounds otherwise than prefill, so nothing is preempted (a
     /// sequence begins when its longest form fits beside the others'), and pages are shared only where prefill made them.
     pub deterministic: bool,
@@ -156,7 +157,10 @@ pub struct Scheduler {
 
 impl Scheduler {
     pub fn new(limits: Limits) -> Scheduler {
-        assert!(limits.rows > 0 && limits.prefill_tokens > 0, "a step has room for nothing");
+        assert!(
+            limits.rows > 0 && limits.prefill_tokens > 0 && limits.prefill_beside_decode > 0,
+            "a step has room for nothing"
+        );
         Scheduler {
             limits,
             blocks: Blocks::new(limits.pages, limits.slots, limits.page_tokens),
@@ -268,14 +272,14 @@ impl Scheduler {
         // In turns, so that neither a long prompt nor a flood of short ones keeps the others waiting.
         let prefill_first = !(decoding && self.prefilled_last);
         if prefill_first {
-            self.prefill(&mut batch);
+            self.prefill(&mut batch, decoding);
         }
         if decoding && matches!(batch.work, Work::Nothing) {
             self.decode(&mut batch);
         }
         // Where all that decode wait for pages, whose room they wait for may still be at its prompt.
         if !prefill_first && matches!(batch.work, Work::Nothing) {
-            self.prefill(&mut batch);
+            self.prefill(&mut batch, decoding);
         }
         self.prefilled_last = matches!(batch.work, Work::Prefill(_));
         // A slot that has a new sequence is no longer the old one's to release.
@@ -286,8 +290,9 @@ impl Scheduler {
     }
 
     /// Prompts that have begun go on; while the step has room for more, the next begin.
-    fn prefill(&mut self, batch: &mut Batch) {
-        let mut room = self.limits.prefill_tokens;
+    fn prefill(&mut self, batch: &mut Batch, decoding: bool) {
+        let beside = self.limits.prefill_beside_decode;
+        let mut room = if decoding { beside } else { self.limits.prefill_tokens };
         let rows = self.limits.rows as usize;
         let mut chunks = Vec::new();
         for i in 0..self.holders {

@@ -137,6 +137,13 @@ impl Slots {
     }
 }
 
+/// What the sampler knows of a budget when its sequence begins, and the strings that it points at.
+pub fn budget_state(params: Option<&BudgetParams>) -> (Budget, Vec<i32>) {
+    let mut pool = Pool { first: 0, ids: Vec::new() };
+    let state = params.map_or_else(Budget::default, |params| budget(params, &mut pool));
+    (state, pool.ids)
+}
+
 /// A slot's strings.
 struct Pool {
     first: u32,

@@ -8,8 +8,15 @@ use ponder::blocks::PageHash;
 use ponder::scheduler::{Counters, Limits, Scheduler, Submission};
 use std::collections::{BTreeMap, VecDeque};
 
-const LIMITS: Limits =
-    Limits { slots: 9, pages: 40, page_tokens: 8, rows: 4, prefill_tokens: 24, deterministic: false };
+const LIMITS: Limits = Limits {
+    slots: 9,
+    pages: 40,
+    page_tokens: 8,
+    rows: 4,
+    prefill_tokens: 24,
+    prefill_beside_decode: 13,
+    deterministic: false,
+};
 
 fn setup(serial: u32, tokens: Vec<u32>, max_generated: u32, limits: &Limits) -> SlotSetup {
     let max_length = limits.context();
@@ -318,7 +325,7 @@ fn random_operations_keep_the_books() {
 /// With a row for everybody.
 #[test]
 fn random_operations_with_many_rows() {
-    let limits = Limits { slots: 33, pages: 70, rows: 32, prefill_tokens: 64, ..LIMITS };
+    let limits = Limits { slots: 33, pages: 70, rows: 32, prefill_tokens: 64, prefill_beside_decode: 64, ..LIMITS };
     let outcome = random_operations(limits, 150_000, 2);
     assert!(outcome.counters.preemptions > 300, "{outcome:?}");
 }

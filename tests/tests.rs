@@ -26,3 +26,4 @@ mod scheduler;
 mod scripts;
 mod sequence;
 mod simt;
+mod simulator;

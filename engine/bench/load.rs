@@ -12,7 +12,6 @@ use crate::telemetry::Telemetry;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 /// What the engine is given to do.
 #[derive(Clone, Copy, Debug)]
@@ -104,7 +103,7 @@ pub fn run(
 }
 
 fn iterate(engine: &mut Engine, load: &Load, iteration: u32) -> Result<Timeline> {
-    let start = Instant::now();
+    let start = engine.now();
     let mut index = BTreeMap::<RequestId, usize>::new();
     for i in 0..load.requests {
         let seed = iteration as u64 * load.requests as u64 + i as u64;
@@ -119,7 +118,7 @@ fn iterate(engine: &mut Engine, load: &Load, iteration: u32) -> Result<Timeline>
     let mut timeline = vec![Vec::with_capacity(load.output_tokens as usize); load.requests as usize];
     while !engine.is_idle() {
         let updates = engine.step()?;
-        let now = start.elapsed().as_secs_f64();
+        let now = (engine.now() - start).as_secs_f64();
         for update in updates {
             if update.finish == Some(FinishReason::Error) {
                 return Err(Error::Device("the model's logits are not finite: nothing can be measured with it".into()));

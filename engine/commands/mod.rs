@@ -62,11 +62,14 @@ fn load(
 }
 
 fn options(args: &ModelArgs) -> ExecutorOptions {
+    let default = ExecutorOptions::default();
     ExecutorOptions {
+        max_slots: args.max_sequences.map_or(default.max_slots, |n| n + 1),
         max_context: args.max_context,
         pages: args.kv_pages,
         graphs: !args.source.no_graphs,
-        ..ExecutorOptions::default()
+        deterministic: args.deterministic,
+        ..default
     }
 }
 
@@ -74,7 +77,7 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
 fn telemetry(args: &SourceArgs, device: &Device) -> Option<Telemetry> {
     match args.device.parse() {
         Ok(DeviceChoice::Cuda(ordinal)) => Telemetry::open(ordinal),
-        _ if device.is_host() => None,
+        _ if device.is_host() || device.simulated().is_some() => None,
         _ => Telemetry::open(0),
     }
 }

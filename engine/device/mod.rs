@@ -6,28 +6,36 @@
 pub mod cuda;
 pub mod host;
 pub mod ring;
+pub mod simulated;
 
 use crate::{Error, Result};
+use simulated::SimulatedGpu;
 use std::sync::Arc;
 
 /// Where to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum DeviceChoice {
     /// A GPU if there is a driver with one, else the host target.
     Auto,
     Host,
     Cuda(u32),
+    Simulated(SimulatedGpu),
 }
 
 impl std::str::FromStr for DeviceChoice {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<DeviceChoice> {
+        if let Some(text) = text.strip_prefix("sim:") {
+            return SimulatedGpu::parse(text).map(DeviceChoice::Simulated);
+        }
         match (text, text.strip_prefix("cuda:").map(str::parse)) {
             ("auto", _) => Ok(DeviceChoice::Auto),
             ("host", _) => Ok(DeviceChoice::Host),
             (_, Some(Ok(ordinal))) => Ok(DeviceChoice::Cuda(ordinal)),
-            _ => Err(Error::Usage(format!("--device {text}: write host, cuda:N (cuda:0 is the first GPU) or auto"))),
+            _ => Err(Error::Usage(format!(
+                "--device {text}: write host, cuda:N (cuda:0 is the first GPU), sim:h100 or auto"
+            ))),
         }
     }
 }
@@ -39,6 +47,7 @@ pub struct Device(Arc<Target>);
 enum Target {
     Host(host::HostDevice),
     Cuda(cuda::CudaDevice),
+    Simulated(SimulatedGpu),
 }
 
 /// Kernel signatures, erased: what a target needs to run one. Made by `kernels.rs` alone.
@@ -115,6 +124,7 @@ macro_rules! on {
         match &*$device.0 {
             Target::Host($target) => $body,
             Target::Cuda($target) => $body,
+            Target::Simulated(_) => unreachable!("without memory nothing can be asked of a simulated device"),
         }
     };
 }
@@ -127,6 +137,7 @@ impl Device {
         match choice {
             DeviceChoice::Host => Ok(Device::host(host::HostOptions::default())),
             DeviceChoice::Cuda(ordinal) => cuda(ordinal),
+            DeviceChoice::Simulated(gpu) => Ok(Device(Arc::new(Target::Simulated(gpu)))),
             DeviceChoice::Auto if cuda::available() => cuda(0),
             DeviceChoice::Auto => Ok(Device::host(host::HostOptions::default())),
         }
@@ -136,40 +147,61 @@ impl Device {
         Device(Arc::new(Target::Host(host::HostDevice::new(options))))
     }
 
+    /// The GPU that is only simulated, where this is one.
+    pub fn simulated(&self) -> Option<&SimulatedGpu> {
+        match &*self.0 {
+            Target::Simulated(gpu) => Some(gpu),
+            _ => None,
+        }
+    }
+
     pub fn is_host(&self) -> bool {
         matches!(&*self.0, Target::Host(_))
     }
 
     /// For people: "host target, 2 cores" or the GPU's name.
     pub fn describe(&self) -> String {
-        on!(self, d => d.describe())
+        self.simulated().map_or_else(|| on!(self, d => d.describe()), SimulatedGpu::describe)
     }
 
     /// Free and total device memory, bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        on!(self, d => d.memory())
+        self.simulated().map_or_else(|| on!(self, d => d.memory()), |gpu| Ok((gpu.memory, gpu.memory)))
     }
 
     /// Streaming multiprocessors (the host target answers with its own small number).
     pub fn processors(&self) -> u32 {
-        on!(self, d => d.processors())
+        self.simulated().map_or_else(|| on!(self, d => d.processors()), |gpu| gpu.processors)
     }
 
     /// What the hardware can do at the most: bytes/s of memory, bf16 FLOP/s of the tensor cores without sparsity. None for
     /// the host target.
     pub fn roofline(&self) -> Option<(f64, f64)> {
-        on!(self, d => d.roofline())
+        let simulated = self.simulated().map(|gpu| Some((gpu.bytes_per_second, gpu.flops_per_second)));
+        simulated.unwrap_or_else(|| on!(self, d => d.roofline()))
     }
 
     /// Device memory, 1024-byte aligned, contents undefined (NaN on the host target).
+    ///
+    /// # Errors
+    /// None left, or a device that is only simulated.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        self.refuse_simulated()?;
         let address = on!(self, d => d.alloc(bytes))?;
         Ok(Buffer { device: self.clone(), address, bytes })
     }
 
     pub fn alloc_pinned(&self, bytes: usize) -> Result<Pinned> {
+        self.refuse_simulated()?;
         let (host, address) = on!(self, d => d.alloc_pinned(bytes))?;
         Ok(Pinned { device: self.clone(), host, address, bytes })
+    }
+
+    fn refuse_simulated(&self) -> Result<()> {
+        match self.simulated() {
+            Some(_) => Err(Error::Device("no kernel runs on a simulated device: take host or cuda:N for this".into())),
+            None => Ok(()),
+        }
     }
 
     /// Copies `data` to `buffer[offset..]` in stream order. Returns once `data` may change.
@@ -215,6 +247,7 @@ impl Device {
         match &*self.0 {
             Target::Host(d) => graph.launches.iter().try_for_each(|l| d.launch(l)),
             Target::Cuda(d) => d.replay(graph.executable.as_ref().expect("captured on this device")),
+            Target::Simulated(_) => unreachable!("nothing is captured on a simulated device"),
         }
     }
 
