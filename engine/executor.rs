@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Rows of the decode steps that are recorded; a batch takes the smallest that holds it, the rest is padding.
-pub const BUCKETS: [u32; 5] = [1, 2, 4, 8, 16];
+pub const BUCKETS: [u32; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 /// How to run.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ impl MemoryPlan {
     /// # Errors
     /// A context that the model does not have, or that does not fit; too little memory.
     pub fn new(device: &Device, c: &ModelConfig, options: &ExecutorOptions) -> Result<MemoryPlan> {
-        assert!((2..=MAX_SLOTS).contains(&options.max_slots) && options.prefill_chunk >= MAX_DECODE_ROWS);
+        assert!((2..=MAX_SLOTS).contains(&options.max_slots) && options.prefill_chunk > 0);
         let model_context = c.max_position_embeddings as u32;
         if options.max_context.is_some_and(|n| n > model_context) {
             let n = options.max_context.unwrap();

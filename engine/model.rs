@@ -7,12 +7,13 @@ use crate::config::ModelConfig;
 use crate::device::{Buffer, Device, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::kv_cache::KvCache;
-use crate::ops::{self, Epilogue, Heads, Linear, Norm, Rows, Tiles, Workspace};
+use crate::ops::{self, Epilogue, Heads, Input, Linear, Norm, Output, Pages, RopeInto, Rows, Tiles, Tokens, Workspace};
 use crate::slots::Slots;
 use crate::{Error, Result};
 use std::sync::Arc;
 
-/// Gate and up are interleaved by blocks of so many rows, as the silu epilogues want them.
+/// Gate and up, and the halves of each head of q and k, are interleaved by blocks of so many rows, so that a thread of the
+/// products has both of what belongs together (kernels/epilogue.cuh, kernels/rope.cuh).
 const INTERLEAVE: usize = 8;
 
 /// Where the weights come from.
@@ -62,22 +63,23 @@ pub struct Activations {
     attention: Buffer,
     /// [rows][intermediate].
     mlp: Buffer,
-    /// [16][hidden].
-    product: Buffer,
-    /// [16][vocab] fp32.
+    /// [64][vocab] fp32.
     pub logits: Buffer,
     workspace: Workspace,
 }
 
 impl Activations {
+    /// `rows`: of a prefill step.
     pub fn bytes(c: &ModelConfig, rows: u32) -> u64 {
+        let rows = rows.max(MAX_DECODE_ROWS);
         let (heads, decode) = (heads(c), MAX_DECODE_ROWS as usize);
         let columns =
             2 * c.hidden_size + (heads.columns() + 2 * heads.query * heads.dim) as usize + c.intermediate_size;
-        (rows as usize * columns * 2 + decode * (c.hidden_size * 2 + c.vocab_size * 4)) as u64
+        (rows as usize * columns * 2 + decode * c.vocab_size * 4) as u64
     }
 
     pub fn new(device: &Device, c: &ModelConfig, rows: u32) -> Result<Activations> {
+        let rows = rows.max(MAX_DECODE_ROWS);
         let heads = heads(c);
         let decode = MAX_DECODE_ROWS as usize;
         let matrix = |columns: usize| device.alloc(rows as usize * columns * 2);
@@ -90,9 +92,8 @@ impl Activations {
             q: matrix(q_columns)?,
             attention: matrix(q_columns)?,
             mlp: matrix(c.intermediate_size)?,
-            product: device.alloc(decode * c.hidden_size * 2)?,
             logits: device.alloc(decode * c.vocab_size * 4)?,
-            workspace: Workspace::new(device, widest, heads)?,
+            workspace: Workspace::new(device, widest, c.hidden_size, heads)?,
         })
     }
 }
@@ -180,23 +181,24 @@ impl Model {
         heads(&self.config)
     }
 
-    fn embed(&self, slots: &Slots, rows: &Rows, prompt: Option<(&Buffer, &Buffer)>, to: &Activations) -> Launch {
+    fn embed(&self, slots: &Slots, rows: &Rows, tokens: Tokens, to: &Activations) -> Launch {
         let c = &self.config;
-        ops::embed(&self.embedding, &slots.states, rows, prompt, &to.residual, c.hidden_size, c.vocab_size)
+        ops::embed(&self.embedding, &slots.states, rows, tokens, &to.residual, c.hidden_size, c.vocab_size)
     }
 
     /// Chunks of prompts; samples the next token of those that end.
     pub fn prefill(&self, step: &PrefillStep, cache: &KvCache, slots: &Slots, a: &Activations) -> Result<Vec<Launch>> {
         let (device, heads, count) = (&self.device, self.heads(), step.rows.count);
         let gemm = |x, w, epilogue, out| ops::gemm(device, x, w, count, epilogue, out);
-        let mut launches = vec![self.embed(slots, &step.rows, Some((step.tokens, step.positions)), a)];
+        let tokens = Tokens::Prompt(step.tokens, step.positions);
+        let mut launches = vec![self.embed(slots, &step.rows, tokens, a)];
         for (i, layer) in self.layers.iter().enumerate() {
             let pages = cache.layer(i);
             let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
             launches.extend([
                 ops::rms_norm(&a.residual, &layer.input_norm, None, count, &a.normed),
                 gemm(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
-                ops::rope_append(&a.qkv, heads, qk_norm, &self.cos_sin, &step.rows, &pages, &a.q),
+                ops::rope_append(&a.qkv, qk_norm, &self.rope_into(&step.rows, &pages, a)),
                 ops::attn_prefill(device, &a.q, heads, &step.tiles, &pages, &a.attention, &a.workspace)?,
                 gemm(&a.attention, &layer.o, Epilogue::Residual, &a.residual)?,
                 ops::rms_norm(&a.residual, &layer.post_norm, None, count, &a.normed),
@@ -208,7 +210,7 @@ impl Model {
             let (n, last) = (step.sampled, Some(step.last_rows));
             launches.extend([
                 ops::rms_norm(&a.residual, &self.final_norm, last, n, &a.normed),
-                ops::gemv(device, &a.normed, &self.head, n, Epilogue::Logits, &a.logits, &a.workspace)?,
+                ops::gemv(device, Input::Plain(&a.normed), &self.head, n, Output::Logits(&a.logits), &a.workspace)?,
                 ops::sample(slots.sample_params(), &a.logits, step.last_slots, n),
             ]);
         }
@@ -225,32 +227,38 @@ impl Model {
         slots: &Slots,
         a: &Activations,
     ) -> Result<Vec<Launch>> {
-        let (device, heads, n) = (&self.device, self.heads(), rows.count);
-        let gemv = |x, w, epilogue, out| ops::gemv(device, x, w, n, epilogue, out, &a.workspace);
-        let mut launches = vec![self.embed(slots, rows, None, a)];
+        let (heads, n) = (self.heads(), rows.count);
+        let gemv =
+            |input: Input, w: &Linear, output: Output| ops::gemv(&self.device, input, w, n, output, &a.workspace);
+        let mut launches = vec![self.embed(slots, rows, Tokens::Slots(&a.workspace), a)];
         for (i, layer) in self.layers.iter().enumerate() {
             let pages = cache.layer(i);
-            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
+            let into = self.rope_into(rows, &pages, a);
+            let normed = Input::Normed(&a.residual, &layer.input_norm);
+            match &layer.qk_norm {
+                None => launches.push(gemv(normed, &layer.qkv, Output::Rope(&into))?),
+                Some((q, k)) => launches.extend([
+                    gemv(normed, &layer.qkv, Output::Matrix(&a.qkv))?,
+                    ops::rope_append(&a.qkv, Some((q, k)), &into),
+                ]),
+            }
             launches.extend([
-                match i {
-                    0 => ops::rms_norm(&a.residual, &layer.input_norm, None, n, &a.normed),
-                    _ => ops::add_rms_norm(&a.product, &a.residual, &layer.input_norm, n, &a.normed),
-                },
-                gemv(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
-                ops::rope_append(&a.qkv, heads, qk_norm, &self.cos_sin, rows, &pages, &a.q),
                 ops::attn_decode(&a.q, heads, rows, keys, &pages, &a.attention, &a.workspace),
-                gemv(&a.attention, &layer.o, Epilogue::Plain, &a.product)?,
-                ops::add_rms_norm(&a.product, &a.residual, &layer.post_norm, n, &a.normed),
-                gemv(&a.normed, &layer.gate_up, Epilogue::Silu, &a.mlp)?,
-                gemv(&a.mlp, &layer.down, Epilogue::Plain, &a.product)?,
+                gemv(Input::Plain(&a.attention), &layer.o, Output::Residual(&a.residual))?,
+                gemv(Input::Normed(&a.residual, &layer.post_norm), &layer.gate_up, Output::Silu(&a.mlp))?,
+                gemv(Input::Plain(&a.mlp), &layer.down, Output::Residual(&a.residual))?,
             ]);
         }
         launches.extend([
-            ops::add_rms_norm(&a.product, &a.residual, &self.final_norm, n, &a.normed),
-            gemv(&a.normed, &self.head, Epilogue::Logits, &a.logits)?,
+            ops::rms_norm(&a.residual, &self.final_norm, None, n, &a.normed),
+            gemv(Input::Plain(&a.normed), &self.head, Output::Logits(&a.logits))?,
             ops::sample(slots.sample_params(), &a.logits, rows.slot, n),
         ]);
         Ok(launches)
+    }
+
+    fn rope_into<'a>(&'a self, rows: &'a Rows, pages: &'a Pages, a: &'a Activations) -> RopeInto<'a> {
+        RopeInto { heads: self.heads(), cos_sin: &self.cos_sin, rows, pages, q: &a.q }
     }
 }
 
@@ -283,6 +291,18 @@ fn cos_sin(positions: usize, head_dim: usize, theta: f64) -> Vec<f32> {
     angles.flat_map(|angle| [angle.cos(), angle.sin()]).collect()
 }
 
+/// A tensor [rows][..], perhaps of heads of so many rows whose halves are to be interleaved.
+struct Part {
+    name: String,
+    rows: usize,
+    head: Option<usize>,
+}
+
+/// A block of `a`, a block of `b`, and so on.
+fn alternating<'a>(a: &'a [u8], b: &'a [u8], block: usize) -> impl Iterator<Item = &'a u8> {
+    a.chunks(block).zip(b.chunks(block)).flat_map(|(a, b)| [a, b]).flatten()
+}
+
 struct Loader<'a> {
     device: &'a Device,
     weights: Weights<'a>,
@@ -299,11 +319,17 @@ impl Loader<'_> {
         let name = |suffix: &str| format!("model.layers.{index}.{suffix}");
         let (h, inner) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let parts = |kind: &str| {
-            [("q_proj", q), ("k_proj", kv), ("v_proj", kv)].map(|(p, n)| (name(&format!("self_attn.{p}.{kind}")), n))
+        let part = |kind: &str, which: &str, rows: usize, head: Option<usize>| Part {
+            name: name(&format!("self_attn.{which}_proj.{kind}")),
+            rows,
+            head,
         };
-        let qkv_weight = self.concatenated(&parts("weight"), &[h])?;
-        let qkv_bias = if c.qkv_bias { Some(self.concatenated(&parts("bias"), &[])?) } else { None };
+        let parts = |kind| {
+            let head = Some(c.head_dim);
+            [part(kind, "q", q, head), part(kind, "k", kv, head), part(kind, "v", kv, None)]
+        };
+        let qkv_weight = self.stacked(&parts("weight"), &[h])?;
+        let qkv_bias = if c.qkv_bias { Some(self.stacked(&parts("bias"), &[])?) } else { None };
         let qk_norm = match c.qk_norm {
             true => Some((
                 self.norm(&name("self_attn.q_norm.weight"), c.head_dim)?,
@@ -328,7 +354,7 @@ impl Loader<'_> {
 
     fn norm(&mut self, name: &str, size: usize) -> Result<Norm> {
         let weight = match self.weights {
-            Weights::Checkpoint(_) => self.concatenated(&[(name.into(), size)], &[])?,
+            Weights::Checkpoint(_) => self.stacked(&[Part { name: name.into(), rows: size, head: None }], &[])?,
             Weights::Dummy => {
                 let buffer = self.device.alloc(size * 2)?;
                 self.device.upload(&buffer, 0, bytemuck::cast_slice(&vec![half::bf16::ONE; size]))?;
@@ -340,21 +366,29 @@ impl Loader<'_> {
     }
 
     fn matrix(&mut self, name: &str, rows: usize, k: usize) -> Result<Buffer> {
-        self.concatenated(&[(name.into(), rows)], &[k])
+        self.stacked(&[Part { name: name.into(), rows, head: None }], &[k])
     }
 
-    /// Tensors [rows][rest..] below one another.
-    fn concatenated(&mut self, parts: &[(String, usize)], rest: &[usize]) -> Result<Buffer> {
+    /// Tensors below one another.
+    fn stacked(&mut self, parts: &[Part], rest: &[usize]) -> Result<Buffer> {
         let row = rest.iter().product::<usize>() * 2;
-        let Weights::Checkpoint(checkpoint) = self.weights else {
-            return self.dummy(parts.iter().map(|(_, n)| n * row).sum());
-        };
-        let buffer = self.device.alloc(parts.iter().map(|(_, n)| n * row).sum())?;
+        let bytes = parts.iter().map(|p| p.rows * row).sum();
+        let Weights::Checkpoint(checkpoint) = self.weights else { return self.dummy(bytes) };
+        let buffer = self.device.alloc(bytes)?;
         let mut at = 0;
-        for (name, n) in parts {
-            let tensor = checkpoint.tensor(name, Dtype::Bf16, &[&[*n], rest].concat())?;
-            for piece in tensor.bytes.chunks(PIECE) {
-                self.device.upload(&buffer, at, piece)?;
+        for part in parts {
+            let tensor = checkpoint.tensor(&part.name, Dtype::Bf16, &[&[part.rows], rest].concat())?;
+            let unit = part.head.unwrap_or(1) * row;
+            for piece in tensor.bytes.chunks(unit * (PIECE / unit).max(1)) {
+                match part.head {
+                    None => self.device.upload(&buffer, at, piece)?,
+                    Some(dim) => {
+                        let halves = piece.chunks(unit).map(|head| head.split_at(dim / 2 * row));
+                        let staged: Vec<u8> =
+                            halves.flat_map(|(a, b)| alternating(a, b, INTERLEAVE * row)).copied().collect();
+                        self.device.upload(&buffer, at, &staged)?;
+                    }
+                }
                 at += piece.len();
                 self.advance(piece.len());
             }
@@ -372,8 +406,7 @@ impl Loader<'_> {
         let piece = block * (PIECE / block).max(1);
         let mut at = 0;
         for (a, b) in first.bytes.chunks(piece).zip(second.bytes.chunks(piece)) {
-            let staged: Vec<u8> =
-                a.chunks(block).zip(b.chunks(block)).flat_map(|(a, b)| [a, b]).flatten().copied().collect();
+            let staged: Vec<u8> = alternating(a, b, block).copied().collect();
             self.device.upload(&buffer, at, &staged)?;
             at += staged.len();
             self.advance(staged.len());

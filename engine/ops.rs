@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 const GEMV_TILE_ROWS: u64 = 64;
 const GEMV_STEP_K: u64 = 128;
+/// Neighbours in the residual stream whose squares are summed together.
+const SQUARES: usize = 64;
 const BF16: u64 = 2;
 /// A block of the sampler holds its share of a row's logits in shared memory; up to 8 blocks share a row.
 pub const MAX_VOCAB: usize = 8 * 50_000;
@@ -26,17 +28,15 @@ pub struct Linear {
     gemv_map: TensorMap,
 }
 
-/// What a product does with its sums.
+/// What a product of prefill does with its sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Epilogue {
     /// Rounds them; adds the matrix's bias, if it has one.
     Plain,
-    /// Adds them to the output (prefill only).
+    /// Adds them to the output.
     Residual,
     /// silu(gate) * up of neighbouring blocks of 8 columns: half as many columns.
     Silu,
-    /// Leaves them as fp32 (decode only).
-    Logits,
 }
 
 /// Which sequences' tokens are the rows of a step, in device memory.
@@ -90,11 +90,13 @@ pub struct Workspace {
     blocks: u32,
     partial: Buffer,
     ticket: Buffer,
+    /// Sums of squares of the residual stream: from what writes it to the norm in the product that reads it.
+    squares: Buffer,
 }
 
 impl Workspace {
-    /// For products of up to `n` columns and for attention with these heads.
-    pub fn new(device: &Device, n: usize, heads: Heads) -> Result<Workspace> {
+    /// For products of up to `n` columns, a residual stream of `hidden`, and attention with these heads.
+    pub fn new(device: &Device, n: usize, hidden: usize, heads: Heads) -> Result<Workspace> {
         let blocks = device.processors() as usize;
         let gemv = MAX_DECODE_ROWS as usize * GEMV_TILE_ROWS as usize;
         let attention = (heads.group() * (heads.dim + 2)) as usize;
@@ -102,7 +104,9 @@ impl Workspace {
         let ticket = device.alloc(tickets * 4)?;
         device.fill(&ticket, 0, tickets * 4, 0)?;
         let partial = device.alloc(blocks * 2 * gemv.max(attention) * 4)?;
-        Ok(Workspace { blocks: blocks as u32, partial, ticket })
+        let squares = device.alloc(MAX_DECODE_ROWS as usize * hidden.div_ceil(SQUARES) * 4)?;
+        device.fill(&squares, 0, squares.bytes(), 0)?;
+        Ok(Workspace { blocks: blocks as u32, partial, ticket, squares })
     }
 }
 
@@ -118,7 +122,7 @@ fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, boxes: 
 }
 
 impl Linear {
-    /// n: a multiple of 64, or of 16 for [`Epilogue::Logits`]; k: a multiple of 64.
+    /// n: a multiple of 64, or of 16 for [`Output::Logits`]; k: a multiple of 64.
     pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Buffer>, n: usize, k: usize) -> Result<Linear> {
         let (n, k) = (n as u64, k as u64);
         assert!(weight.bytes() as u64 >= n * k * BF16 && n.is_multiple_of(16) && k.is_multiple_of(64));
@@ -144,7 +148,6 @@ impl Linear {
         let result = match epilogue {
             Epilogue::Plain | Epilogue::Silu => BF16,
             Epilogue::Residual => 2 * BF16,
-            Epilogue::Logits => 4,
         };
         (self.n * self.k + rows * self.k) * BF16 + rows * self.width(epilogue) * result
     }
@@ -191,7 +194,6 @@ pub fn gemm_kernels(epilogue: Epilogue, bias: bool) -> &'static [OfWidth] {
         Epilogue::Plain => &PLAIN,
         Epilogue::Residual => &RESIDUAL,
         Epilogue::Silu => &SILU,
-        Epilogue::Logits => unreachable!("prefill makes its logits by gemv"),
     }
 }
 
@@ -234,32 +236,66 @@ pub fn gemm_tiled(
     })
 }
 
-/// out [rows][n] = x [rows][k] w^T for up to 16 rows: decode, and the logits of prefill.
+/// What a decode product multiplies, [rows][k].
+#[derive(Clone, Copy)]
+pub enum Input<'a> {
+    Plain(&'a Buffer),
+    /// RMS-normalised on its way. Its sums of squares are in the workspace: `embed` or the last [`Output::Residual`] left them.
+    Normed(&'a Buffer, &'a Norm),
+}
+
+/// Where the result of a decode product goes. A bias of the matrix is added in the first two.
+#[derive(Clone, Copy)]
+pub enum Output<'a> {
+    /// [rows][n].
+    Matrix(&'a Buffer),
+    /// Rotated to q, and k and v to their pages.
+    Rope(&'a RopeInto<'a>),
+    /// silu(gate) * up of neighbouring blocks of 8 columns, [rows][n / 2].
+    Silu(&'a Buffer),
+    /// Added to the residual stream [rows][n]; the sums of squares go to the workspace.
+    Residual(&'a Buffer),
+    /// [rows][n] fp32.
+    Logits(&'a Buffer),
+}
+
+type OfRows = [&'static kernels::Kernel<GemvParams>; GEMV_ROWS.len()];
+
+/// A decode product streams the weights once for so many rows at the most.
+pub const GEMV_ROWS: [u32; 4] = [8, 16, 32, 64];
+const GEMV_SHARED: [u32; GEMV_ROWS.len()] = [GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64];
+
+/// A product of up to 64 rows: decode, and the logits of prefill.
 pub fn gemv(
     device: &Device,
-    x: &Buffer,
+    input: Input,
     w: &Linear,
     rows: u32,
-    epilogue: Epilogue,
-    out: &Buffer,
+    output: Output,
     workspace: &Workspace,
 ) -> Result<Launch> {
-    assert!((1..=MAX_DECODE_ROWS).contains(&rows));
-    let wide = rows > 8;
     use crate::kernels::*;
-    let (narrow_kernel, wide_kernel): (&'static Kernel<_>, &'static Kernel<_>) = match (epilogue, &w.bias) {
-        (Epilogue::Plain, None) => (&GEMV_M8, &GEMV_M16),
-        (Epilogue::Plain, Some(_)) => (&GEMV_BIAS_M8, &GEMV_BIAS_M16),
-        (Epilogue::Silu, _) => (&GEMV_SILU_M8, &GEMV_SILU_M16),
-        (Epilogue::Logits, _) => (&GEMV_LOGITS_M8, &GEMV_LOGITS_M16),
-        (Epilogue::Residual, _) => unreachable!("decode adds its residual in add_rms_norm"),
+    assert!((1..=MAX_DECODE_ROWS).contains(&rows));
+    let size = GEMV_ROWS.iter().position(|&most| rows <= most).expect("checked above");
+    let of_rows: OfRows = match (input, output) {
+        (Input::Normed(..), Output::Matrix(_)) => [&GEMV_NORM_M8, &GEMV_NORM_M16, &GEMV_NORM_M32, &GEMV_NORM_M64],
+        (Input::Normed(..), Output::Rope(_)) => {
+            [&GEMV_NORM_ROPE_M8, &GEMV_NORM_ROPE_M16, &GEMV_NORM_ROPE_M32, &GEMV_NORM_ROPE_M64]
+        }
+        (Input::Normed(..), Output::Silu(_)) => {
+            [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64]
+        }
+        (Input::Plain(_), Output::Residual(_)) => {
+            [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64]
+        }
+        (Input::Plain(_), Output::Logits(_)) => [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
+        _ => unreachable!("no model needs this product"),
     };
-    let params = GemvParams {
+    let (Input::Plain(x) | Input::Normed(x, _)) = input;
+    let mut params = GemvParams {
         w_map: w.gemv_map,
-        x_map: matrix_map(device, x, rows as u64, w.k, [64, if wide { 16 } else { 8 }])?,
+        x_map: matrix_map(device, x, rows as u64, w.k, [64, GEMV_ROWS[size]])?,
         bias: w.bias(),
-        c: if epilogue == Epilogue::Logits { std::ptr::null_mut() } else { out.pointer() },
-        logits: if epilogue == Epilogue::Logits { out.pointer() } else { std::ptr::null_mut() },
         partial: workspace.partial.pointer(),
         ticket: workspace.ticket.pointer(),
         rows: rows as i32,
@@ -267,36 +303,79 @@ pub fn gemv(
         k: w.k as i32,
         ..Default::default()
     };
+    if let Input::Normed(_, norm) = input {
+        params.norm = norm.weight.pointer();
+        params.eps = norm.eps;
+        params.squares = workspace.squares.pointer();
+    }
+    let result = match output {
+        Output::Matrix(c) => {
+            params.c = c.pointer();
+            w.n * BF16
+        }
+        Output::Rope(into) => {
+            params.rope = into.params();
+            w.n * BF16
+        }
+        Output::Silu(c) => {
+            params.c = c.pointer();
+            w.n / 2 * BF16
+        }
+        Output::Residual(c) => {
+            params.c = c.pointer();
+            params.squares_out = workspace.squares.pointer();
+            w.n * 2 * BF16
+        }
+        Output::Logits(logits) => {
+            params.logits = logits.pointer();
+            w.n * 4
+        }
+    };
     let steps = w.n.div_ceil(GEMV_TILE_ROWS) * w.k.div_ceil(GEMV_STEP_K);
-    let (kernel, shared_bytes) = if wide { (wide_kernel, GEMV_SHARED_M16) } else { (narrow_kernel, GEMV_SHARED_M8) };
     Ok(Launch {
-        shared_bytes,
+        shared_bytes: GEMV_SHARED[size],
         pdl: true,
-        bytes: w.traffic(rows as u64, epilogue),
+        bytes: w.n * w.k * BF16 + rows as u64 * (w.k * BF16 + result),
         flops: 2 * rows as u64 * w.n * w.k,
-        ..kernel.launch([steps.min(workspace.blocks as u64) as u32, 1, 1], params)
+        ..of_rows[size].launch([steps.min(workspace.blocks as u64) as u32, 1, 1], params)
     })
 }
 
-/// out [rows][hidden] = the embeddings of the rows' tokens. `prompt`: (tokens, positions), each [rows] i32; absent in decode,
-/// where the slots know. `table` [vocab][hidden], `slots` [slots] of SlotState.
+/// Where a row's token comes from.
+#[derive(Clone, Copy)]
+pub enum Tokens<'a> {
+    /// Tokens and positions of prompts, each [rows] i32.
+    Prompt(&'a Buffer, &'a Buffer),
+    /// The slots know; sums of squares are left in the workspace.
+    Slots(&'a Workspace),
+}
+
+/// out [rows][hidden] = the embeddings of the rows' tokens. `table` [vocab][hidden], `slots` [slots] of SlotState.
 pub fn embed(
     table: &Buffer,
     slots: &Buffer,
     rows: &Rows,
-    prompt: Option<(&Buffer, &Buffer)>,
+    tokens: Tokens,
     out: &Buffer,
     hidden: usize,
     vocab: usize,
 ) -> Launch {
+    let null = std::ptr::null;
+    let (prompt_token, prompt_position, squares): (_, _, *mut f32) = match tokens {
+        Tokens::Prompt(token, position) => {
+            (token.pointer::<i32>().cast_const(), position.pointer::<i32>().cast_const(), std::ptr::null_mut())
+        }
+        Tokens::Slots(workspace) => (null(), null(), workspace.squares.pointer()),
+    };
     let params = EmbedParams {
         table: table.pointer(),
         slots: slots.pointer(),
         row_slot: rows.slot.pointer(),
-        prompt_token: prompt.map_or(std::ptr::null(), |(token, _)| token.pointer()),
-        prompt_position: prompt.map_or(std::ptr::null(), |(_, position)| position.pointer()),
+        prompt_token,
+        prompt_position,
         row_position: rows.position.pointer(),
         out: out.pointer(),
+        squares,
         rows: rows.count as i32,
         hidden: hidden as i32,
         vocab: vocab as i32,
@@ -332,42 +411,47 @@ pub fn rms_norm(x: &Buffer, norm: &Norm, row_index: Option<&Buffer>, rows: u32, 
     Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM.launch([rows, 1, 1], params) }
 }
 
-/// residual += x, then out = norm(residual); [rows][hidden].
-pub fn add_rms_norm(x: &Buffer, residual: &Buffer, norm: &Norm, rows: u32, out: &Buffer) -> Launch {
-    let params = NormParams { residual: residual.pointer(), ..norm_params(x, norm, rows, out) };
-    let bytes = (4 * rows as u64 + 1) * norm.weight.bytes() as u64;
-    Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::ADD_RMS_NORM.launch([rows, 1, 1], params) }
+/// Where q, k and v of a step's rows go.
+pub struct RopeInto<'a> {
+    pub heads: Heads,
+    /// [positions][dim / 2][2] fp32.
+    pub cos_sin: &'a Buffer,
+    pub rows: &'a Rows<'a>,
+    pub pages: &'a Pages<'a>,
+    /// [rows][query heads][dim].
+    pub q: &'a Buffer,
 }
 
-/// qkv [rows][heads.columns()] to rotated q [rows][query heads][dim]; k and v to their pages. `cos_sin` [positions][dim / 2][2]
-/// fp32; `norms`: of q and k heads, where the model has them.
-pub fn rope_append(
-    qkv: &Buffer,
-    heads: Heads,
-    norms: Option<(&Norm, &Norm)>,
-    cos_sin: &Buffer,
-    rows: &Rows,
-    pages: &Pages,
-    q: &Buffer,
-) -> Launch {
+impl RopeInto<'_> {
+    fn params(&self) -> Rope {
+        Rope {
+            cos_sin: self.cos_sin.pointer(),
+            row_position: self.rows.position.pointer(),
+            row_slot: self.rows.slot.pointer(),
+            block_table: self.pages.block_table.pointer(),
+            q: self.q.pointer(),
+            k_pages: self.pages.k.pointer(),
+            v_pages: self.pages.v.pointer(),
+            q_heads: self.heads.query as i32,
+            kv_heads: self.heads.kv as i32,
+            head_dim: self.heads.dim as i32,
+            max_pages: self.pages.max_pages as i32,
+        }
+    }
+}
+
+/// qkv [rows][heads.columns()], heads of q and k interleaved (kernels/rope.cuh), to rotated q; k and v to their pages. `norms`:
+/// of q and k heads, where the model has them.
+pub fn rope_append(qkv: &Buffer, norms: Option<(&Norm, &Norm)>, into: &RopeInto) -> Launch {
+    let (heads, rows) = (into.heads, into.rows);
     let kernel = if heads.dim == 64 { &kernels::ROPE_APPEND_D64 } else { &kernels::ROPE_APPEND_D128 };
     let params = RopeParams {
         qkv: qkv.pointer(),
         q_norm: norms.map_or(std::ptr::null(), |(q, _)| q.weight.pointer()),
         k_norm: norms.map_or(std::ptr::null(), |(_, k)| k.weight.pointer()),
         norm_eps: norms.map_or(0.0, |(q, _)| q.eps),
-        cos_sin: cos_sin.pointer(),
-        row_position: rows.position.pointer(),
-        row_slot: rows.slot.pointer(),
-        block_table: pages.block_table.pointer(),
-        q: q.pointer(),
-        k_pages: pages.k.pointer(),
-        v_pages: pages.v.pointer(),
+        rope: into.params(),
         rows: rows.count as i32,
-        q_heads: heads.query as i32,
-        kv_heads: heads.kv as i32,
-        head_dim: heads.dim as i32,
-        max_pages: pages.max_pages as i32,
     };
     let threads = rows.count * heads.columns() / 16;
     let bytes = rows.count as u64 * (2 * heads.columns() as u64 * BF16 + heads.dim as u64 * 4);

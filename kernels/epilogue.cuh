@@ -9,6 +9,7 @@ enum Epilogue {
   kBias,      // bf16(acc + bias): the bias is added before the product is rounded
   kResidual,  // bf16(bf16(acc) + residual)
   kSilu,      // bf16(silu(gate) * up)
+  kRope,      // bf16(rotated bf16(acc + bias)), to q and to the KV pages
   kLogits,    // acc, fp32
 };
 

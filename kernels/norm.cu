@@ -1,4 +1,4 @@
-// rms_norm, add_rms_norm: RMS normalisation of rows of up to 8192 (a multiple of 8), alone or after a residual addition.
+// rms_norm: RMS normalisation of rows of up to 8192 (a multiple of 8). Decode normalises in its products (gemv.cu).
 //
 // Grid: one block per row. Each thread keeps its vectors of 8 in registers between the two passes, so that a row is read
 // from memory once; the weight, which no kernel writes, is loaded before waiting for the previous kernel.
@@ -12,8 +12,9 @@ constexpr int kVectors = kMaxHidden / (8 * NORM_THREADS);  // per thread
 // Offset in the row of a thread's vector i.
 DEVICE int offset_of(int i) { return (i * NORM_THREADS + thread_idx()) * 8; }
 
-template <bool kAdd>
-DEVICE void norm(const NormParams& p) {
+}  // namespace
+
+KERNEL(rms_norm, NormParams, NORM_THREADS) {
   pdl_launch_dependents();
   const int row = block_x();
   Bf16x8 weight[kVectors];
@@ -21,26 +22,13 @@ DEVICE void norm(const NormParams& p) {
   pdl_wait();
 
   const uint16_t* x = p.x + (int64_t)(p.row_index ? p.row_index[row] : row) * p.hidden;
-  uint16_t* residual = p.residual + (int64_t)row * p.hidden;
-  // All loads before the first store: the compiler must assume that `residual` and `x` overlap.
-  Bf16x8 h[kVectors], r[kVectors];
-  UNROLL for (int i = 0; i < kVectors; i++) {
-    if (offset_of(i) >= p.hidden) break;
-    h[i] = load8(x + offset_of(i));
-    if (kAdd) r[i] = load8(residual + offset_of(i));
-  }
+  Bf16x8 h[kVectors];
   float squares = 0.f;
   UNROLL for (int i = 0; i < kVectors; i++) {
     if (offset_of(i) >= p.hidden) break;
+    h[i] = load8(x + offset_of(i));
     float v[8];
     unpack8(h[i], v);
-    if (kAdd) {
-      float before[8];
-      unpack8(r[i], before);
-      UNROLL for (int j = 0; j < 8; j++) v[j] = round_bf16(v[j] + before[j]);
-      h[i] = pack8(v);
-      store8(residual + offset_of(i), h[i]);
-    }
     UNROLL for (int j = 0; j < 8; j++) squares += v[j] * v[j];
   }
 
@@ -55,8 +43,3 @@ DEVICE void norm(const NormParams& p) {
     store8(p.out + (int64_t)row * p.hidden + offset_of(i), pack8(v));
   }
 }
-
-}  // namespace
-
-KERNEL(rms_norm, NormParams, NORM_THREADS) { norm<false>(p); }
-KERNEL(add_rms_norm, NormParams, NORM_THREADS) { norm<true>(p); }

@@ -12,7 +12,7 @@
 enum {
   PAGE_TOKENS = 64,
   MAX_SLOTS = 1024,      // slot 0 is reserved: padding rows point at it, and it owns page 0
-  MAX_DECODE_ROWS = 16,  // largest decode bucket
+  MAX_DECODE_ROWS = 64,  // largest decode bucket
   MAX_STOP_IDS = 16,
   MAX_LOGIT_BIAS = 512,
   MAX_TOP_LOGPROBS = 20,
@@ -35,8 +35,10 @@ enum {
   // Dynamic shared memory, bytes.
   NORM_SHARED = 128,
   GEMM_SHARED = 232448,  // all there is: as many stages as fit
-  GEMV_SHARED_M8 = 92256,
-  GEMV_SHARED_M16 = 102496,
+  GEMV_SHARED_M8 = 93696,
+  GEMV_SHARED_M16 = 104096,
+  GEMV_SHARED_M32 = 100048,
+  GEMV_SHARED_M64 = 100416,
   ATTN_PREFILL_SHARED_D64 = 180424,
   ATTN_PREFILL_SHARED_D128 = 229528,
   ATTN_DECODE_SHARED_D64 = 84616,
@@ -204,26 +206,24 @@ typedef struct EmbedParams {
   const int32_t* prompt_position;  // [rows] for prefill; null in decode, where it is the slot's length - 1
   int32_t* row_position;           // [rows] out; -1 for padding rows and slots that are not active
   uint16_t* out;                   // [rows][hidden]
+  float* squares;                  // [rows][hidden / 64] out, sums of squares for the first norm; or null
   int32_t rows, hidden, vocab;
 } EmbedParams;
 
-// rms_norm: out[i] = norm(x[row_index[i]]); add_rms_norm: residual = bf16(residual + x), out = norm(residual).
+// rms_norm: out[i] = norm(x[row_index[i]]).
 // The norm is as the reference implementation rounds it: bf16(bf16(x * rsqrt(mean x^2 + eps)) * weight).
 typedef struct NormParams {
   const uint16_t* x;         // [any][hidden]
   const uint16_t* weight;    // [hidden]
-  uint16_t* residual;        // [rows][hidden], add_rms_norm only
   const int32_t* row_index;  // [rows] or null for the identity
   uint16_t* out;             // [rows][hidden]
   int32_t rows, hidden;
   float eps;
 } NormParams;
 
-// rope_append: q and k normalised per head (optional) and rotated, k and v appended to their page.
-typedef struct RopeParams {
-  const uint16_t* qkv;          // [rows][(q_heads + 2 kv_heads) * head_dim], q heads first, then k, then v
-  const uint16_t* q_norm;       // [head_dim] or null
-  const uint16_t* k_norm;       // [head_dim] or null
+// Where q, k and v of a step's rows go. Heads of q and k have their halves interleaved by blocks of 8 columns in the product
+// (rope.cuh), and only there.
+typedef struct Rope {
   const float* cos_sin;         // [max_position][head_dim / 2][2]
   const int32_t* row_position;  // [rows], -1: padding, nothing is appended
   const int32_t* row_slot;      // [rows]
@@ -231,7 +231,16 @@ typedef struct RopeParams {
   uint16_t* q;                  // [rows][q_heads][head_dim] out
   uint16_t* k_pages;            // [pages][kv_heads][PAGE_TOKENS][head_dim]
   uint16_t* v_pages;            // the same
-  int32_t rows, q_heads, kv_heads, head_dim, max_pages;
+  int32_t q_heads, kv_heads, head_dim, max_pages;
+} Rope;
+
+// rope_append: q and k normalised per head (optional) and rotated, k and v appended to their page.
+typedef struct RopeParams {
+  const uint16_t* qkv;     // [rows][(q_heads + 2 kv_heads) * head_dim], q heads first, then k, then v; interleaved
+  const uint16_t* q_norm;  // [head_dim] or null
+  const uint16_t* k_norm;  // [head_dim] or null
+  Rope rope;
+  int32_t rows;
   float norm_eps;
 } RopeParams;
 
@@ -247,19 +256,25 @@ typedef struct __attribute__((aligned(64))) GemmParams {
   int32_t rows, n, k;
 } GemmParams;
 
-// gemv_*: c = x w^T for decode (1 to 16 rows): streams w once. The same w and the same map of it as the prefill product
-// but for the box; k a multiple of 64, n of 16. Epilogues: none, bias, silu (interleaved as above), logits (fp32 out).
-// The steps of 128 k of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts are
-// summed in order by the last block that finishes one. The grid has at most as many blocks as there are such steps.
+// gemv_*_m<tokens>: c = x w^T for decode (1 to 64 rows): streams w once. The same w as the prefill product's; k a multiple of
+// 64, n of 16, or of 64 for rope and residual. norm: x is RMS-normalised on its way, as rms_norm does it.
+// Results: none (c, with bias), rope (q and the KV pages, with bias), silu (interleaved as above), residual (added to c), logits
+// (fp32). The steps of 128 k of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts
+// are summed in order by the last block that finishes one. The grid has at most as many blocks as there are such steps.
 typedef struct __attribute__((aligned(64))) GemvParams {
   TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128
-  TensorMap x_map;       // x [rows][k], box 64 (k) x 8 or 16 rows, swizzle 128
-  const uint16_t* bias;  // [n] (bias)
+  TensorMap x_map;       // x [rows][k], box 64 (k) x tokens rows, swizzle 128
+  const uint16_t* norm;  // [k] (norm)
+  const float* squares;  // [rows][k / 64] (norm): sums of squares of 64 neighbours in x
+  const uint16_t* bias;  // [n] or null (none, rope)
   uint16_t* c;           // [rows][n], or [rows][n / 2] for silu
+  float* squares_out;    // [rows][n / 64] (residual): the same of the new c
   float* logits;         // [rows][n] (logits)
-  float* partial;        // [grid_x * 2][8 or 16][64] workspace: the parts of cut tiles
+  float* partial;        // [grid_x * 2][tokens][64] workspace: the parts of cut tiles
   uint32_t* ticket;      // [ceil(n / 64)] zero between launches
+  Rope rope;             // (rope)
   int32_t rows, n, k;
+  float eps;  // (norm)
 } GemvParams;
 
 // attn_prefill: causal attention of ragged chunks over paged KV (the chunk's own K and V are already in their pages).
@@ -335,7 +350,6 @@ extern "C" {
 #endif
 KERNEL_PROTOTYPE(embed, EmbedParams)
 KERNEL_PROTOTYPE(rms_norm, NormParams)
-KERNEL_PROTOTYPE(add_rms_norm, NormParams)
 KERNEL_PROTOTYPE(rope_append_d64, RopeParams)
 KERNEL_PROTOTYPE(rope_append_d128, RopeParams)
 KERNEL_PROTOTYPE(gemm_n96, GemmParams)
@@ -356,14 +370,26 @@ KERNEL_PROTOTYPE(gemm_residual_n256, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n128, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n192, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n256, GemmParams)
-KERNEL_PROTOTYPE(gemv_m8, GemvParams)
-KERNEL_PROTOTYPE(gemv_bias_m8, GemvParams)
-KERNEL_PROTOTYPE(gemv_silu_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_rope_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_rope_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_rope_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_rope_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_silu_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_silu_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_silu_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_silu_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_residual_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_residual_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_residual_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_residual_m64, GemvParams)
 KERNEL_PROTOTYPE(gemv_logits_m8, GemvParams)
-KERNEL_PROTOTYPE(gemv_m16, GemvParams)
-KERNEL_PROTOTYPE(gemv_bias_m16, GemvParams)
-KERNEL_PROTOTYPE(gemv_silu_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_logits_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_logits_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_logits_m64, GemvParams)
 KERNEL_PROTOTYPE(attn_prefill_d64, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_decode_d64, AttnDecodeParams)

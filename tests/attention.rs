@@ -7,7 +7,7 @@ use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::params::{
     ATTN_DECODE_SHARED_D64, ATTN_DECODE_SHARED_D128, ATTN_PREFILL_SHARED_D64, ATTN_PREFILL_SHARED_D128,
-    AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, ROPE_THREADS, RopeParams, TensorMap,
+    AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, ROPE_THREADS, Rope, RopeParams, TensorMap,
 };
 use ponder::kernels::{
     ATTN_DECODE_D64, ATTN_DECODE_D128, ATTN_PREFILL_D64, ATTN_PREFILL_D128, ROPE_APPEND_D64, ROPE_APPEND_D128,
@@ -414,6 +414,14 @@ fn check_rope(heads: Heads, norm: bool) {
     let slots: Vec<i32> = positions.iter().enumerate().map(|(i, &p)| if p < 0 { 0 } else { i as i32 + 1 }).collect();
     let columns = (heads.q() + 2 * heads.kv) * d;
     let qkv = values(&mut random, positions.len() * columns, 2.0);
+    // As the product leaves it: in heads of q and k, 8 columns of one half, then 8 of the other.
+    let interleaved: Vec<bf16> = (0..qkv.len())
+        .map(|i| {
+            let (column, head) = (i % columns % d, i % columns / d);
+            let from = column / 16 * 8 + column % 8 + if column % 16 < 8 { 0 } else { d / 2 };
+            qkv[i - column + if head < heads.q() + heads.kv { from } else { column }]
+        })
+        .collect();
     let weights: Vec<Vec<bf16>> = (0..2)
         .map(|_| values(&mut random, d, 0.3).iter().map(|w| bf16::from_f32(1.0 + w.to_f32())).collect())
         .collect();
@@ -456,7 +464,7 @@ fn check_rope(heads: Heads, norm: bool) {
     let q_count = positions.len() * heads.q() * d;
     on_every_device(
         |device| {
-            let buffers = [upload(device, &qkv), upload(device, &weights[0]), upload(device, &weights[1])];
+            let buffers = [upload(device, &interleaved), upload(device, &weights[0]), upload(device, &weights[1])];
             let table = upload(device, &cache.table);
             let cos_sin = upload(device, &cos_sin);
             let (position, slot) = (upload(device, &positions), upload(device, &slots));
@@ -467,18 +475,20 @@ fn check_rope(heads: Heads, norm: bool) {
                 qkv: buffers[0].pointer(),
                 q_norm: weight(1),
                 k_norm: weight(2),
-                cos_sin: cos_sin.pointer(),
-                row_position: position.pointer(),
-                row_slot: slot.pointer(),
-                block_table: table.pointer(),
-                q: q.pointer(),
-                k_pages: k.pointer(),
-                v_pages: v.pointer(),
+                rope: Rope {
+                    cos_sin: cos_sin.pointer(),
+                    row_position: position.pointer(),
+                    row_slot: slot.pointer(),
+                    block_table: table.pointer(),
+                    q: q.pointer(),
+                    k_pages: k.pointer(),
+                    v_pages: v.pointer(),
+                    q_heads: heads.q() as i32,
+                    kv_heads: heads.kv as i32,
+                    head_dim: d as i32,
+                    max_pages: cache.max_pages as i32,
+                },
                 rows: positions.len() as i32,
-                q_heads: heads.q() as i32,
-                kv_heads: heads.kv as i32,
-                head_dim: d as i32,
-                max_pages: cache.max_pages as i32,
                 norm_eps: eps,
             };
             let kernel = if d == 64 { &ROPE_APPEND_D64 } else { &ROPE_APPEND_D128 };

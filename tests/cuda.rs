@@ -8,6 +8,7 @@ use ponder::device::{AlignedWords, Device, DeviceChoice, Launch, TensorMapSpec};
 use ponder::executor::{BUCKETS, Executor, ExecutorOptions};
 use ponder::kernels::params::{ROPE_THREADS, RopeParams};
 use ponder::kernels::{ALL, ROPE_APPEND_D64};
+use ponder::ops::GEMV_ROWS;
 use ponder::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -45,7 +46,7 @@ fn run(scenario: &str, environment: &[(&str, &str)]) -> (Vec<String>, Option<Str
 }
 
 fn rope() -> Launch {
-    let params = RopeParams { rows: 5, q_heads: 2, ..Default::default() };
+    let params = RopeParams { rows: 5, norm_eps: 1.0, ..Default::default() };
     Launch { cluster: 4, shared_bytes: 99, pdl: true, ..ROPE_APPEND_D64.launch([1, 2, 3], params) }
 }
 
@@ -144,16 +145,14 @@ fn a_model_is_captured_at_the_start_and_replayed() {
     for bucket in BUCKETS {
         let begin = rest.iter().position(|c| c.starts_with("begin capture")).unwrap();
         let end = rest.iter().position(|c| c == "end capture").unwrap();
-        let m = if bucket <= 8 { "m8" } else { "m16" };
+        let m = GEMV_ROWS.into_iter().find(|&rows| bucket <= rows).unwrap();
+        let of_layer = ["gemv_norm_rope", "attn_decode", "gemv_residual", "gemv_norm_silu", "gemv_residual"];
+        let sized =
+            |name: &&str| if *name == "attn_decode" { "attn_decode_d64".into() } else { format!("{name}_m{m}") };
+        let layer: Vec<String> = of_layer.iter().map(sized).collect();
         let mut wanted = vec!["embed".to_string()];
-        for layer in 0..4 {
-            let norm = if layer == 0 { "rms_norm" } else { "add_rms_norm" };
-            let bias = format!("gemv_bias_{m}");
-            let (plain, silu) = (format!("gemv_{m}"), format!("gemv_silu_{m}"));
-            let names = [norm, &bias, "rope_append_d64", "attn_decode_d64", &plain, "add_rms_norm", &silu, &plain];
-            wanted.extend(names.map(String::from));
-        }
-        wanted.extend(["add_rms_norm", &format!("gemv_logits_{m}"), "sample"].map(String::from));
+        wanted.extend((0..4).flat_map(|_| layer.clone()));
+        wanted.extend(["rms_norm", &format!("gemv_logits_m{m}"), "sample"].map(String::from));
         assert_eq!(kernels(&rest[begin..end]), wanted, "{bucket} rows");
         rest = &rest[end + 1..];
     }

@@ -8,11 +8,15 @@ use crate::devices::{devices, download, upload};
 use crate::random::Random;
 use crate::reference::{Epilogue, linear};
 use half::bf16;
+use ponder::batch::PageEntry;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
-use ponder::kernels::params::{GEMM_SHARED, GEMV_SHARED_M8, GEMV_SHARED_M16, GemmParams, GemvParams, TensorMap};
-use ponder::kernels::{self, Kernel};
-use ponder::ops;
+use ponder::kernels::params::{
+    GEMM_SHARED, GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64, GemmParams, GemvParams, TensorMap,
+};
+use ponder::kv_cache::KvCache;
+use ponder::ops::{self, Heads, Input, Linear, Norm, Output, RopeInto, Rows, Workspace};
 use ponder::tiling::{self, Product, Tiling};
+use std::sync::Arc;
 
 /// Multiples of 1/8 from -1 to 1.
 fn eighths(random: &mut Random, count: usize) -> Vec<bf16> {
@@ -131,30 +135,64 @@ fn gemm(device: &Device, case: &Case, tiling: Tiling, groups: u32) {
     case.check(&bits.iter().map(|v| v.to_f64()).collect::<Vec<_>>(), &what);
 }
 
-fn gemv(device: &Device, case: &Case, tokens: usize, grid: u32) {
+/// A product of decode. Where x is normalised, each of its rows has one magnitude, a power of two, so that the norm is exact.
+struct Decode {
+    case: Case,
+    /// Before the norm.
+    x: Vec<bf16>,
+    norm: Vec<bf16>,
+}
+
+impl Decode {
+    fn new(random: &mut Random, rows: usize, n: usize, k: usize, epilogue: Epilogue) -> Decode {
+        let mut case = Case::new(random, rows, n, k, epilogue);
+        if matches!(epilogue, Epilogue::Residual | Epilogue::Logits) {
+            return Decode { x: case.x.clone(), case, norm: Vec::new() };
+        }
+        let norm = eighths(random, k);
+        let (mut x, mut normed) = (Vec::new(), Vec::new());
+        for i in 0..rows * k {
+            let sign = if random.below(2) == 0 { 1.0 } else { -1.0 };
+            x.push(bf16::from_f32(sign * f32::powi(2.0, (i / k % 5) as i32 - 2)));
+            normed.push(bf16::from_f32(sign * norm[i % k].to_f32()));
+        }
+        case.x = normed;
+        Decode { case, x, norm }
+    }
+}
+
+fn squares(values: &[bf16]) -> Vec<f32> {
+    values.chunks(64).map(|c| c.iter().map(|v| v.to_f32() * v.to_f32()).sum()).collect()
+}
+
+fn gemv(device: &Device, decode: &Decode, tokens: usize, grid: u32) {
+    use ponder::kernels::*;
+    let case = &decode.case;
     let what = format!("{}, {tokens} tokens, grid {grid}", device.describe());
-    let kernel: &'static Kernel<GemvParams> = match (case.epilogue, tokens) {
-        (Epilogue::Plain, 8) => &kernels::GEMV_M8,
-        (Epilogue::Plain, _) => &kernels::GEMV_M16,
-        (Epilogue::Bias, 8) => &kernels::GEMV_BIAS_M8,
-        (Epilogue::Bias, _) => &kernels::GEMV_BIAS_M16,
-        (Epilogue::Silu, 8) => &kernels::GEMV_SILU_M8,
-        (Epilogue::Silu, _) => &kernels::GEMV_SILU_M16,
-        (Epilogue::Logits, 8) => &kernels::GEMV_LOGITS_M8,
-        (Epilogue::Logits, _) => &kernels::GEMV_LOGITS_M16,
-        (Epilogue::Residual, _) => unreachable!("decode adds the residual in the norm"),
+    let size = [8, 16, 32, 64].iter().position(|&t| t == tokens).unwrap();
+    let of_size: [&'static Kernel<GemvParams>; 4] = match case.epilogue {
+        Epilogue::Plain | Epilogue::Bias => [&GEMV_NORM_M8, &GEMV_NORM_M16, &GEMV_NORM_M32, &GEMV_NORM_M64],
+        Epilogue::Silu => [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64],
+        Epilogue::Residual => [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64],
+        Epilogue::Logits => [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
     };
-    let logits = case.epilogue == Epilogue::Logits;
-    let (x, w) = (upload(device, &case.x), upload(device, &case.w));
-    let bias = upload(device, &case.extra);
+    let shared = [GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64];
+    let (logits, adds) = (case.epilogue == Epilogue::Logits, case.epilogue == Epilogue::Residual);
+    let (x, w) = (upload(device, &decode.x), upload(device, &case.w));
+    let (extra, norm, x_squares) =
+        (upload(device, &case.extra), upload(device, &decode.norm), upload(device, &squares(&decode.x)));
     let c = device.alloc(case.rows * case.width() * if logits { 4 } else { 2 }).unwrap();
+    let c_squares = device.alloc(case.rows * case.n.div_ceil(64) * 4).unwrap();
     let partial = device.alloc(grid as usize * 2 * tokens * 64 * 4).unwrap();
     let ticket = upload(device, &vec![0u32; case.n.div_ceil(64)]);
     let params = GemvParams {
         w_map: map(device, &w, case.n, case.k, [64, 64]),
         x_map: map(device, &x, case.rows, case.k, [64, tokens as u32]),
-        bias: bias.pointer(),
+        norm: norm.pointer(),
+        squares: x_squares.pointer(),
+        bias: if case.epilogue == Epilogue::Bias { extra.pointer() } else { std::ptr::null() },
         c: c.pointer(),
+        squares_out: c_squares.pointer(),
         logits: c.pointer(),
         partial: partial.pointer(),
         ticket: ticket.pointer(),
@@ -163,10 +201,17 @@ fn gemv(device: &Device, case: &Case, tokens: usize, grid: u32) {
         k: case.k as i32,
         ..Default::default()
     };
-    let shared_bytes = if tokens == 8 { GEMV_SHARED_M8 } else { GEMV_SHARED_M16 };
-    let launch = Launch { shared_bytes, pdl: true, ..kernel.launch([grid, 1, 1], params) };
+    let launch = Launch { shared_bytes: shared[size], pdl: true, ..of_size[size].launch([grid, 1, 1], params) };
     let values: Vec<f64> = if logits {
         run_and_replay::<f32>(device, &launch, &c, &what).iter().map(|&v| f64::from(v)).collect()
+    } else if adds {
+        device.upload(&c, 0, bytemuck::cast_slice(&case.extra)).unwrap();
+        device.launch(&launch).unwrap();
+        let sum: Vec<bf16> = download(device, &c);
+        for (got, want) in download::<f32>(device, &c_squares).iter().zip(squares(&sum)) {
+            assert!((got - want).abs() <= 1e-6 * want, "{what}: sum of squares {got} but {want} is right");
+        }
+        sum.iter().map(|v| v.to_f64()).collect()
     } else {
         run_and_replay::<bf16>(device, &launch, &c, &what).iter().map(|v| v.to_f64()).collect()
     };
@@ -175,7 +220,8 @@ fn gemv(device: &Device, case: &Case, tokens: usize, grid: u32) {
 }
 
 const GEMM_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Residual, Epilogue::Silu];
-const GEMV_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Logits];
+const GEMV_EPILOGUES: [Epilogue; 5] =
+    [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Residual, Epilogue::Logits];
 
 /// Widths of tiles that an epilogue has kernels for.
 fn widths(epilogue: Epilogue) -> &'static [u32] {
@@ -300,12 +346,11 @@ fn the_chosen_tiling_has_the_least_clocks() {
 fn gemv_is_right_for_every_batch_and_epilogue() {
     for device in devices() {
         let mut random = Random(5);
-        for rows in 1..=16 {
-            let epilogue = GEMV_EPILOGUES[rows % 4];
-            let case = Case::new(&mut random, rows, 192, 704, epilogue);
-            gemv(&device, &case, if rows <= 8 { 8 } else { 16 }, 2);
+        for (i, rows) in (1..=16).chain([17, 20, 31, 32, 33, 47, 63, 64]).enumerate() {
+            let decode = Decode::new(&mut random, rows, 192, 704, GEMV_EPILOGUES[i % 5]);
+            gemv(&device, &decode, [8, 16, 32, 64].into_iter().find(|&t| rows <= t).unwrap(), 2);
             if rows <= 8 {
-                gemv(&device, &case, 16, 3);
+                gemv(&device, &decode, 16, 3);
             }
         }
     }
@@ -318,10 +363,12 @@ fn gemv_sums_cut_tiles() {
         let mut random = Random(6);
         for (n, k, grid) in [(64, 64, 1), (64, 192, 2), (128, 704, 3), (192, 1024, 5), (64, 704, 6), (320, 256, 10)] {
             for epilogue in GEMV_EPILOGUES {
-                gemv(&device, &Case::new(&mut random, 3, n, k, epilogue), 8, grid);
+                gemv(&device, &Decode::new(&mut random, 3, n, k, epilogue), 8, grid);
             }
-            gemv(&device, &Case::new(&mut random, 13, n, k, Epilogue::Bias), 16, grid);
+            gemv(&device, &Decode::new(&mut random, 13, n, k, Epilogue::Bias), 16, grid);
         }
+        gemv(&device, &Decode::new(&mut random, 21, 192, 1024, Epilogue::Residual), 32, 5);
+        gemv(&device, &Decode::new(&mut random, 50, 192, 1024, Epilogue::Residual), 64, 5);
     }
 }
 
@@ -330,7 +377,60 @@ fn gemv_sums_cut_tiles() {
 fn gemv_clips_the_last_tile() {
     let device = devices().remove(0);
     let mut random = Random(7);
-    for epilogue in GEMV_EPILOGUES {
-        gemv(&device, &Case::new(&mut random, 5, 336, 128, epilogue), 8, 2);
+    for epilogue in [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Logits] {
+        gemv(&device, &Decode::new(&mut random, 5, 336, 128, epilogue), 8, 2);
+    }
+}
+
+/// The fused product of q, k and v is, bit for bit, the product alone and then rope_append.
+#[test]
+fn gemv_rotates_and_appends_as_rope_append_does() {
+    let positions = [5, -1, 63, 64, 127, 0, 130];
+    for device in devices() {
+        let mut random = Random(9);
+        for (rows, query, kv, dim) in [(7, 4, 1, 64), (3, 2, 2, 128), (30, 5, 1, 128), (40, 2, 1, 64)] {
+            let heads = Heads { query, kv, dim };
+            let (n, k) = (heads.columns() as usize, 192);
+            let decode = Decode::new(&mut random, rows, n, k, Epilogue::Bias);
+            let weight = Arc::new(upload(&device, &decode.case.w));
+            let w = Linear::new(&device, weight, Some(upload(&device, &decode.case.extra)), n, k).unwrap();
+            let norm = Norm { weight: upload(&device, &decode.norm), eps: 0.0 };
+            let workspace = Workspace::new(&device, n, k, heads).unwrap();
+            // A residual product leaves the sums of squares: of x, if it adds nothing to it.
+            let x = upload(&device, &decode.x);
+            let zero = Arc::new(upload(&device, &vec![bf16::ZERO; k * 64]));
+            let zero = Linear::new(&device, zero, None, k, 64).unwrap();
+            let ones = upload(&device, &vec![bf16::ONE; rows * 64]);
+            let count = rows as u32;
+            let adds = ops::gemv(&device, Input::Plain(&ones), &zero, count, Output::Residual(&x), &workspace).unwrap();
+            device.launch(&adds).unwrap();
+
+            let of_row = |i: usize| positions[i % positions.len()];
+            let slot = upload(&device, &(1..=rows as i32).collect::<Vec<_>>());
+            let position = upload(&device, &(0..rows).map(of_row).collect::<Vec<i32>>());
+            let rows_of = Rows { count, slot: &slot, position: &position };
+            let cos_sin: Vec<f32> =
+                (0..131 * dim).map(|_| random.below(1 << 20) as f32 / (1 << 19) as f32 - 1.0).collect();
+            let cos_sin = upload(&device, &cos_sin);
+            // The last page first.
+            let entry = |i: u32| PageEntry { slot: i / 3 + 1, index: i % 3, page: 3 * count - i };
+            let entries: Vec<PageEntry> = (0..3 * count).map(entry).collect();
+            let run = |fused: bool| {
+                let cache = KvCache::new(&device, 1, heads, 3 * count + 1, count + 1, 3).unwrap();
+                cache.set_pages(&device, &entries).unwrap();
+                let (q, qkv) = (device.alloc(rows * (query * dim) as usize * 2), device.alloc(rows * n * 2));
+                let (q, qkv) = (q.unwrap(), qkv.unwrap());
+                let pages = cache.layer(0);
+                let into = RopeInto { heads, cos_sin: &cos_sin, rows: &rows_of, pages: &pages, q: &q };
+                let output = if fused { Output::Rope(&into) } else { Output::Matrix(&qkv) };
+                let product = ops::gemv(&device, Input::Normed(&x, &norm), &w, count, output, &workspace).unwrap();
+                device.launch(&product).unwrap();
+                if !fused {
+                    device.launch(&ops::rope_append(&qkv, None, &into)).unwrap();
+                }
+                [&q, pages.k, pages.v].map(|b| download::<u16>(&device, b))
+            };
+            assert!(run(true) == run(false), "{}: {rows} rows, {heads:?}", device.describe());
+        }
     }
 }
