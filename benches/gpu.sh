@@ -163,7 +163,7 @@ fi
 child=
 report() {
     trap - EXIT
-    [ -z "$child" ] || kill "$child" 2>/dev/null
+    [ -z "$child" ] || kill -KILL -- -"$child" 2>/dev/null
     "$PYTHON" benches/report.py "$OUT" "${parts[@]}" ${RESULTS:+--results benches/results}
     exit $?
 }
@@ -182,7 +182,8 @@ for n in "${!pending[@]}"; do
     limit=$((total - 5 - SECONDS - $(share $((n + 1))) * total / whole))
     [ $limit -ge 1 ] || limit=1
     printf 'stopped\t0\t%s\n' "$key" >"$OUT/$name.part"
-    timeout --kill-after=3 $limit bash -c "${commands[i]}" >"$OUT/$name.log" 2>&1 </dev/null &
+    # At once and the whole group: what is deaf to SIGTERM would go on holding the GPU.
+    timeout --signal=KILL $limit bash -c "${commands[i]}" >"$OUT/$name.log" 2>&1 </dev/null &
     child=$!
     wait $child
     code=$?

@@ -34,7 +34,6 @@ MERGE = 1.2  # us to write parts, take a ticket, read them and sum them up
 TENSOR = 2048  # bf16 multiply-adds a clock and processor
 ISSUE = 4  # warp instructions a clock and processor
 EXPONENTIALS = 16  # a clock and processor
-L2_OF_ONE = 64  # bytes a clock that one processor gets from L2 when few ask
 # Of the softmax, the part that does not hide behind the tensor cores. FlashAttention 3, the same design, reaches 620 TFLOP/s at
 # d 128 and 16k causal: about 3,080 clocks for a tile of 128 x 128 whose products need 2,048. Were its loop as long as ours was
 # when this was written, 552 instructions, that would leave this.
@@ -209,8 +208,7 @@ def gemm(case, loop, tiling):
     waves = math.ceil(tiles / slots)
     stage = tiling["STAGE_K"]
     tensor = tile_rows * columns * stage / TENSOR
-    # engine/tiling.rs counts with all processors asking at once; where fewer have a tile, each gets more.
-    rate = min(L2_OF_ONE, tiling["L2_RATE"] * PROCESSORS / min(tiles, slots))
+    rate = min(tiling["L2_RATE_OF_ONE"], tiling["L2_RATE"] / min(tiles, slots))
     loads = (tile_rows + columns / cluster) * stage * 2 / rate
     result = tiling["RESULT"] + tiling["RESULT_PER_COLUMN"] * columns
     # Of two warpgroups, eight warps.
@@ -364,7 +362,7 @@ predicted is what `ponder bench kernels` measures: one launch between two events
 - **Products** (gemm): waves x (k / 64 x the slowest of tensor cores, L2 and instruction issue + the result), with the constants of
   engine/tiling.rs at {CLOCK / 1e9:.3f} GHz. Tiles are dealt in waves, so what counts is how much of the last wave is wanted ("wanted"
   below: results asked for, of those the waves could make). Never faster than {POWER / 1e12:.0f} TFLOP/s, which is what 700 W have been
-  seen to pay for on random data, nor than memory. Where few processors have a tile, each gets up to {L2_OF_ONE} bytes a clock from L2.
+  seen to pay for on random data, nor than memory. Where few processors have a tile, each gets up to 64 bytes a clock from L2.
 - **Attention of prompts**: for a tile of queries by 128 keys, the clocks of both products and of the softmax (its instructions, {ISSUE} a
   clock for the warps that work; at least the exponentials, {EXPONENTIALS} a clock): the longer of the two plus {EXPOSED} of the shorter. {EXPOSED} makes a loop of 552
   instructions as fast as FlashAttention 3, which is built the same, is known to be; a shorter loop is predicted to be faster. Work

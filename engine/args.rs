@@ -172,7 +172,7 @@ pub struct ModelArgs {
     /// KV cache size in pages of 64 tokens [default: enough for one longest sequence, more on a GPU].
     #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_pages: Option<u32>,
-    /// Requests that run at a time; others wait [default: 16].
+    /// Requests that run at a time; others wait [default: 64].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1024))]
     pub max_sequences: Option<u32>,
     /// Make each answer depend on its request alone, whatever else runs: nothing is preempted, and only what prompts have
@@ -208,6 +208,9 @@ pub struct SourceArgs {
     /// Launch decode steps kernel by kernel instead of replaying recorded ones.
     #[arg(long)]
     pub no_graphs: bool,
+    /// Most prompt tokens in one step: more are computed faster, and keep running answers waiting longer.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub prefill_chunk: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -19,8 +19,9 @@ pub const WIDTHS: [u32; 5] = [96, 128, 160, 192, 256];
 const STAGE_K: u64 = 64;
 /// bf16 multiply-adds of an SM in a clock.
 const TENSOR_RATE: u64 = 2048;
-/// Bytes that an SM gets from L2 in a clock when all of them ask: 5120 for the chip, by 132.
-const L2_RATE: u64 = 38;
+/// Bytes that L2 gives in a clock, to all SMs together and to one.
+const L2_RATE: u64 = 5120;
+const L2_RATE_OF_ONE: u64 = 64;
 /// From the launch to the first product.
 const START: u64 = 1500;
 /// Per tile, while the tensor cores of the SM are idle: the accumulators through shared memory; fences and barriers.
@@ -45,7 +46,8 @@ impl Tiling {
     pub fn clocks(self, product: Product, processors: u32) -> u64 {
         let (rows, columns, cluster) = (TILE_ROWS as u64, self.columns as u64, self.cluster as u64);
         let tensor = rows * columns * STAGE_K / TENSOR_RATE;
-        let loads = (rows + columns / cluster) * STAGE_K * 2 / L2_RATE;
+        let groups = self.groups(product).min(processors / self.cluster) as u64;
+        let loads = (rows + columns / cluster) * STAGE_K * 2 / L2_RATE_OF_ONE.min(L2_RATE / (groups * cluster));
         let tile = (product.k as u64).div_ceil(STAGE_K) * tensor.max(loads) + RESULT + RESULT_PER_COLUMN * columns;
         let waves = self.groups(product).div_ceil(processors / self.cluster) as u64;
         START + waves * tile

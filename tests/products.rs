@@ -338,7 +338,7 @@ fn the_chosen_tiling_has_the_least_clocks() {
     }
     let full = Tiling { columns: 128, cluster: 1 };
     let wave = |n| full.clocks(Product { rows: 128, n, k: 4096 }, 132);
-    assert_eq!(wave(128 * 132), wave(128));
+    assert!(wave(128 * 132) < 11 * wave(128 * 122) / 10);
     assert!(wave(128 * 133) > 19 * wave(128 * 132) / 10);
 }
 

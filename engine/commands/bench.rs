@@ -61,6 +61,7 @@ fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> 
         max_context: Some(length),
         pages: Some(rows * (length.div_ceil(PAGE_TOKENS) + 1)),
         graphs: !args.model.no_graphs,
+        prefill_chunk: args.model.prefill_chunk,
         ..ExecutorOptions::default()
     };
     let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;

@@ -68,6 +68,7 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
         max_context: args.max_context,
         pages: args.kv_pages,
         graphs: !args.source.no_graphs,
+        prefill_chunk: args.source.prefill_chunk,
         deterministic: args.deterministic,
         ..default
     }
