@@ -88,6 +88,8 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Every kernel alone, at the shapes of real models, against the roofline.
     Kernels(KernelBenchArgs),
+    /// What the host does for each decode step, by the number of sequences; needs no GPU.
+    Host(HostBenchArgs),
     /// Requests that start together: time to the first token, time for each further one. Prompts are random token ids.
     Latency(LatencyArgs),
     /// Many requests at once: tokens per second. Prompts are random token ids.
@@ -114,6 +116,22 @@ pub struct KernelBenchArgs {
     /// host, cuda:N, or auto: a GPU if there is one, else the host target.
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: String,
+}
+
+#[derive(Debug, Group)]
+pub struct HostBenchArgs {
+    /// Model folder; without tokenizer.json text is made of spaces.
+    #[arg(value_name = "MODEL")]
+    pub path: PathBuf,
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "1,2,4,8,16,32,64,128,256,512,1023",
+        value_parser = clap::value_parser!(u32).range(1..1024))]
+    pub sequences: Vec<u32>,
+    /// How many steps to measure.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..1 << 16))]
+    pub steps: u32,
+    /// Write the results to a file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 #[derive(Debug, Group)]

@@ -15,7 +15,7 @@ use crate::model::Weights;
 use crate::scheduler::{Counters, Limits, Scheduler, Submission};
 use crate::sequence::{FinishReason, Piece, Transcript};
 use crate::simulator::Simulator;
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// Steps launched before the token of the first of them is read.
@@ -30,11 +30,12 @@ pub struct Engine {
     runner: Runner,
     scheduler: Scheduler,
     /// Requests without an end, by serial.
-    open: BTreeMap<u32, Transcript>,
+    open: HashMap<u32, Transcript>,
     next_serial: u32,
     /// Longest sequence.
     context: u32,
     start: Instant,
+    host_work: HostWork,
 }
 
 /// What runs the steps.
@@ -98,6 +99,23 @@ pub struct Update {
     pub finish: Option<FinishReason>,
 }
 
+/// The time that the host has spent on steps since the start, but for handing them to the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostWork {
+    /// Deciding what runs.
+    pub plan: Duration,
+    /// Taking note of what came back.
+    pub receive: Duration,
+    /// Turning it into text.
+    pub text: Duration,
+}
+
+impl HostWork {
+    pub fn total(&self) -> Duration {
+        self.plan + self.receive + self.text
+    }
+}
+
 /// How full the engine is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stats {
@@ -149,10 +167,11 @@ impl Engine {
             frontend,
             runner,
             scheduler,
-            open: BTreeMap::new(),
+            open: HashMap::new(),
             next_serial: 0,
             context,
             start: Instant::now(),
+            host_work: HostWork::default(),
         })
     }
 
@@ -210,22 +229,28 @@ impl Engine {
     /// The device failed.
     pub fn step(&mut self) -> Result<Vec<Update>> {
         while self.runner.in_flight() < RUN_AHEAD {
-            let Some(batch) = self.scheduler.plan() else { break };
+            let before = Instant::now();
+            let batch = self.scheduler.plan();
+            self.host_work.plan += before.elapsed();
+            let Some(batch) = batch else { break };
             self.runner.submit(&batch)?;
         }
-        let events = if self.runner.in_flight() > 0 { self.runner.wait()? } else { Vec::new() };
-        Ok(events.into_iter().filter_map(|event| self.update(event)).collect())
+        let mut events = if self.runner.in_flight() > 0 { self.runner.wait()? } else { Vec::new() };
+        let before = Instant::now();
+        // Others ran past the end.
+        events.retain(|event| self.scheduler.received(event));
+        let received = Instant::now();
+        let updates = events.into_iter().map(|event| self.update(event)).collect();
+        self.host_work.receive += received - before;
+        self.host_work.text += received.elapsed();
+        Ok(updates)
     }
 
-    /// None for a token that ran past the end.
-    fn update(&mut self, event: TokenEvent) -> Option<Update> {
-        if !self.scheduler.received(&event) {
-            return None;
-        }
+    fn update(&mut self, event: TokenEvent) -> Update {
         let request = RequestId(event.serial);
         if event.finish == Some(Finish::Error) {
             let mut transcript = self.open.remove(&event.serial).expect("the scheduler knows open requests only");
-            return Some(Update { request, token: None, text: transcript.finish(), finish: Some(FinishReason::Error) });
+            return Update { request, token: None, text: transcript.finish(), finish: Some(FinishReason::Error) };
         }
         let transcript = self.open.get_mut(&event.serial).expect("the scheduler knows open requests only");
         let (text, stopped) = transcript.push(&event, self.frontend.tokenizer.token_bytes(event.token));
@@ -243,7 +268,7 @@ impl Engine {
                 self.scheduler.cancel(event.serial);
             }
         }
-        Some(Update { request, token: Some(event), text, finish })
+        Update { request, token: Some(event), text, finish }
     }
 
     /// What each kernel has cost, if the executor was told to profile.
@@ -254,6 +279,10 @@ impl Engine {
         }
         .into_iter()
         .flatten()
+    }
+
+    pub fn host_work(&self) -> HostWork {
+        self.host_work
     }
 
     pub fn stats(&self) -> Stats {

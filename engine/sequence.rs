@@ -76,7 +76,7 @@ impl Transcript {
     /// The text that is certain now, and whether a stop string has completed. `bytes` are those of the token; one that ends
     /// the sequence has no text.
     pub fn push(&mut self, event: &TokenEvent, bytes: &[u8]) -> (Vec<Piece>, bool) {
-        let mut pieces = Vec::new();
+        let mut pieces = Vec::with_capacity(1);
         let ends = event.finish == Some(Finish::Stop);
         let text = if ends { self.detokenizer.finish() } else { self.detokenizer.push(bytes) };
         self.channel = self.channel(event, &text);
@@ -127,6 +127,10 @@ impl StopStrings {
     /// Appends to `out` what no stop string can touch any more. True when one has completed: the text ends before it.
     fn push(&mut self, piece: Piece, out: &mut Vec<Piece>) -> bool {
         if piece.text.is_empty() {
+            return false;
+        }
+        if self.strings.is_empty() {
+            out.push(piece);
             return false;
         }
         self.text.push_str(&piece.text);

@@ -8,8 +8,36 @@ use std::path::Path;
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Bytes of every id below the vocabulary size; empty for ids that are no token.
-    bytes: Vec<Box<[u8]>>,
+    bytes: Bytes,
     special: Vec<bool>,
+}
+
+/// Strings of bytes, end to end: a step of many sequences looks up as many tokens, all over the vocabulary.
+struct Bytes {
+    all: Vec<u8>,
+    /// Where string i ends, and the next begins.
+    ends: Vec<u32>,
+}
+
+impl Bytes {
+    fn new<'a>(strings: impl Iterator<Item = &'a [u8]>) -> Bytes {
+        let (mut all, mut ends) = (Vec::new(), Vec::new());
+        for string in strings {
+            all.extend_from_slice(string);
+            ends.push(all.len() as u32);
+        }
+        Bytes { all, ends }
+    }
+
+    /// Empty beyond the last.
+    fn get(&self, index: usize) -> &[u8] {
+        let begin = index.checked_sub(1).map_or(0, |before| self.ends.get(before).map_or(0, |&end| end as usize));
+        self.ends.get(index).map_or(&[], |&end| &self.all[begin..end as usize])
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        (0..self.ends.len()).map(|index| self.get(index))
+    }
 }
 
 /// Bits of [`Tokenizer::traits`], as kernels/params.h names them (TokenTrait).
@@ -35,7 +63,7 @@ impl Tokenizer {
             .is_ok_and(|v| v.get("decoder").is_some_and(|d| mentions_byte_level(d, 0)));
         let alphabet = if byte_level { byte_level_alphabet() } else { HashMap::new() };
         let added = inner.get_added_tokens_decoder();
-        let mut bytes = vec![Box::default(); vocab_size];
+        let mut bytes: Vec<Box<[u8]>> = vec![Box::default(); vocab_size];
         let mut special = vec![false; vocab_size];
         for (token, id) in inner.get_vocab(true) {
             if id as usize >= vocab_size {
@@ -53,14 +81,14 @@ impl Tokenizer {
                 None => token_bytes(&token, &alphabet),
             };
         }
-        Ok(Tokenizer { inner, bytes, special })
+        Ok(Tokenizer { inner, bytes: Bytes::new(bytes.iter().map(|b| &**b)), special })
     }
 
     /// For benches, whose prompts are ids and whose answers nobody reads: every id is a token that spells a space.
     pub fn without_text(vocab_size: usize) -> Tokenizer {
         Tokenizer {
             inner: tokenizers::Tokenizer::new(tokenizers::models::wordlevel::WordLevel::default()),
-            bytes: vec![b" ".as_slice().into(); vocab_size],
+            bytes: Bytes::new((0..vocab_size).map(|_| b" ".as_slice())),
             special: vec![false; vocab_size],
         }
     }
@@ -81,7 +109,7 @@ impl Tokenizer {
 
     /// The bytes of a token; empty for ids that are no token.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
-        self.bytes.get(id as usize).map_or(&[], |b| b)
+        self.bytes.get(id as usize)
     }
 
     pub fn is_special(&self, id: u32) -> bool {
@@ -90,7 +118,7 @@ impl Tokenizer {
 
     /// Rows of the embedding table, padded ones included.
     pub fn vocab_size(&self) -> usize {
-        self.bytes.len()
+        self.bytes.ends.len()
     }
 
     /// Ids that are tokens.
@@ -110,7 +138,7 @@ impl Tokenizer {
     /// bits 2-4 its length if it consists of continuation bytes alone (at most 7), bit 5 whether it ends with a newline,
     /// bit 6 whether it is a token at all.
     pub fn traits(&self) -> Vec<u8> {
-        self.bytes.iter().map(|b| token_traits(b)).collect()
+        self.bytes.iter().map(token_traits).collect()
     }
 }
 
@@ -179,6 +207,11 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// The text that is certain now. Bytes that can never become a character come out as U+FFFD.
     pub fn push(&mut self, bytes: &[u8]) -> String {
+        if self.pending.is_empty()
+            && let Ok(whole) = std::str::from_utf8(bytes)
+        {
+            return whole.into();
+        }
         self.pending.extend_from_slice(bytes);
         let mut text = String::new();
         let mut rest = self.pending.as_slice();

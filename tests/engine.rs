@@ -3,6 +3,7 @@
 use crate::modulo::{self, answer_all, ids};
 use ponder::Error;
 use ponder::batch::TokenEvent;
+use ponder::budget::BudgetRequest;
 use ponder::chat::Message;
 use ponder::engine::Engine;
 use ponder::executor::ExecutorOptions;
@@ -164,4 +165,90 @@ fn replay_is_eager() {
     for (replayed, eager) in run(true).iter().zip(&run(false)) {
         assert_eq!(replayed.tokens, eager.tokens);
     }
+}
+
+/// With too few pages for all: whoever is preempted goes on later as if nothing had happened, with its budget, its penalties and
+/// what it has said. Its keys and values come from prefill then and not from decode, so logits differ by rounding.
+#[test]
+fn preempted_as_undisturbed() {
+    let run = |pages| {
+        let options = ExecutorOptions { pages, max_context: Some(320), ..Default::default() };
+        let mut engine = modulo::engine_with(&ThinkingChoice::Auto, &options);
+        let requests: Vec<Request> = (0..6)
+            .map(|i| Request {
+                sampling: SamplingRequest { frequency_penalty: (i % 2 == 1).then_some(0.1), ..greedy() },
+                budget: BudgetRequest {
+                    max_thinking_tokens: Some(60 + 15 * i as u32),
+                    n_ignore: 2 + i as u32 % 2,
+                    ignore_strings: Some(vec![format!("Wait {i}\n"), "Wait\n".into()]),
+                    ..Default::default()
+                },
+                ..ask(&engine, i, 170)
+            })
+            .collect();
+        let answers = answer_all(&mut engine, &requests);
+        assert!(is_empty(&engine));
+        (answers, engine.stats().counters.preemptions)
+    };
+    let (undisturbed, none) = run(None);
+    let (preempted, some) = run(Some(7));
+    assert!(none == 0 && some > 1, "{some} preemptions");
+    assert!(undisturbed.iter().any(|a| a.tokens.iter().any(|t| t.injected)));
+    for (a, b) in undisturbed.iter().zip(&preempted) {
+        assert_eq!((ids(a), a.text(), a.finish), (ids(b), b.text(), b.finish));
+        for (a, b) in a.tokens.iter().zip(&b.tokens) {
+            let budget =
+                |t: &TokenEvent| (t.injected, t.reasoning, t.delimiter, t.max_hit, t.ignores_used, t.reasoning_tokens);
+            assert_eq!(budget(a), budget(b));
+            assert!((a.logprob - b.logprob).abs() < 0.1, "{} {}", a.logprob, b.logprob);
+        }
+    }
+}
+
+/// A fork takes over what its parent has computed, up to a copy of the last page, and its draws are its own.
+#[test]
+fn forks_as_alone() {
+    let mut engine = engine();
+    let request = |engine: &Engine, seed| Request {
+        sampling: SamplingRequest { temperature: Some(1.5), seed: Some(seed), ..Default::default() },
+        ..ask(engine, 0, 30)
+    };
+    let requests = [1, 2, 3].map(|seed| request(&engine, seed));
+    let alone: Vec<_> =
+        requests.iter().map(|r| ids(&answer_all(&mut self::engine(), std::slice::from_ref(r))[0])).collect();
+    let before = engine.stats().counters.found_tokens;
+    let parent = engine.submit(&requests[0]).unwrap();
+    let forks = [parent, engine.fork(parent, &requests[1]).unwrap(), engine.fork(parent, &requests[2]).unwrap()];
+    let mut answers = vec![Answer::default(); 3];
+    while !engine.is_idle() {
+        for update in engine.step().unwrap() {
+            let index = forks.iter().position(|id| *id == update.request).unwrap();
+            answers[index].extend(update.token, update.text, update.finish);
+        }
+    }
+    assert_eq!(answers.iter().map(ids).collect::<Vec<_>>(), alone);
+    let found = engine.stats().counters.found_tokens - before;
+    assert_eq!(found, 2 * (requests[0].prompt.len() as u64 - 1));
+}
+
+/// A prompt that goes on where an earlier one went finds its pages, and comes to the same.
+#[test]
+fn found_as_cold() {
+    let lines: String = (0..9).map(|t| modulo::problem(7).try_line(t)).collect();
+    let long = |engine: &Engine, more: &str| {
+        let mut request = ask(engine, 7, 24);
+        request.prompt.extend(engine.frontend.tokenizer.encode(&format!("\n{lines}{more}")).unwrap());
+        request
+    };
+    let mut warm = engine();
+    let first = long(&warm, "");
+    answer_all(&mut warm, std::slice::from_ref(&first));
+    let request = long(&warm, &modulo::problem(7).try_line(9));
+    let before = warm.stats().counters.found_tokens;
+    let found = answer_all(&mut warm, std::slice::from_ref(&request)).remove(0);
+    assert!(warm.stats().counters.found_tokens - before >= 192);
+    let cold = answer_all(&mut engine(), std::slice::from_ref(&request)).remove(0);
+    // What prefill computes does not depend on how it is cut: the same bits.
+    let plain = |t: &TokenEvent| TokenEvent { serial: 0, slot: 0, ..t.clone() };
+    assert_eq!(found.tokens.iter().map(plain).collect::<Vec<_>>(), cold.tokens.iter().map(plain).collect::<Vec<_>>());
 }

@@ -3,6 +3,7 @@
 
 use crate::modulo;
 use crate::random::Random;
+use ponder::bench::host;
 use ponder::budget::BudgetRequest;
 use ponder::device::{Device, DeviceChoice};
 use ponder::engine::{Engine, RequestId, Stats};
@@ -278,4 +279,14 @@ fn no_kernel_runs_on_a_simulated_device() {
     for text in ["sim:", "sim:a100", "sim:h100,fp4", "sim:h100,"] {
         assert!(matches!(text.parse::<DeviceChoice>(), Err(ponder::Error::Usage(_))), "{text}");
     }
+}
+
+/// The bench runs, and leaves the engine as it was. How long things take is not for a test to say.
+#[test]
+fn host_work_is_measured() {
+    let mut engine = large_engine(20);
+    let m = host::run(&mut engine, 20, 30).unwrap();
+    assert!(m.plan > 0.0 && m.receive > 0.0 && m.text > 0.0, "{m:?}");
+    assert!(m.all >= m.plan.max(m.receive).max(m.text) && m.p99 >= m.all, "{m:?}");
+    assert!(engine.is_idle() && is_empty(&engine.stats()));
 }

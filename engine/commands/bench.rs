@@ -1,20 +1,22 @@
 //! `ponder bench`: measures kernels or a whole model, prints a table and writes JSON.
 
 use super::output::Printer;
-use crate::args::{BenchArgs, BenchCommand, KernelBenchArgs, LatencyArgs, LoadArgs, ThroughputArgs};
+use crate::args::{BenchArgs, BenchCommand, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, ThroughputArgs};
 use crate::bench::kernels::{self, Measurement};
 use crate::bench::load::{self, Load};
-use crate::bench::{Report, Roofline};
+use crate::bench::{Report, Roofline, host};
 use crate::device::Device;
 use crate::executor::ExecutorOptions;
 use crate::frontend::Frontend;
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
+use crate::thinking::ThinkingChoice;
 use crate::{Error, Result};
 use serde_json::json;
 
 pub fn run(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Kernels(args) => kernels(args),
+        BenchCommand::Host(args) => host_work(args),
         BenchCommand::Latency(args) => latency(args),
         BenchCommand::Throughput(args) => throughput(args),
     }
@@ -36,6 +38,26 @@ fn kernels(args: &KernelBenchArgs) -> Result<()> {
         // Each time, so that a run that is cut short leaves what it has.
         args.json.as_ref().map_or(Ok(()), |path| Report::new("ponder-bench-kernels", &device, results).save(path))
     })
+}
+
+fn host_work(args: &HostBenchArgs) -> Result<()> {
+    let mut printer = Printer::new();
+    let device = Device::open("sim:h100,fp8,instant".parse()?)?;
+    printer.write(&format!("{}\n{}\n", device.describe(), host::Measurement::heading()))?;
+    let mut results = Vec::new();
+    for &sequences in &args.sequences {
+        let frontend = match args.path.join("tokenizer.json").exists() {
+            true => Frontend::open(&args.path, &ThinkingChoice::Auto)?,
+            false => Frontend::without_text(&args.path)?,
+        };
+        let options = ExecutorOptions { max_slots: sequences + 1, ..ExecutorOptions::default() };
+        let mut engine = super::load(frontend, None, &device, &options)?;
+        let measurement = host::run(&mut engine, sequences, args.steps)?;
+        printer.write(&(measurement.line() + "\n"))?;
+        results.push(measurement);
+    }
+    let report = Report::new("ponder-bench-host", &device, results);
+    args.json.as_ref().map_or(Ok(()), |path| report.save(path))
 }
 
 fn latency(args: &LatencyArgs) -> Result<()> {
