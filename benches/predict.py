@@ -61,7 +61,7 @@ GOALS = [
     (("qwen2.5-32b", "gate_up", "rows", 1), "roofline_percent", 90),
     (("qwen2.5-32b", "down", "rows", 1), "roofline_percent", 90),
     (("qwen2.5-32b", "o", "rows", 1), "roofline_percent", 90),
-    (("qwen2.5-32b", "add_norm", "rows", 8192), "gb_per_s", 3000),
+    (("qwen2.5-32b", "norm", "rows", 8192), "gb_per_s", 3000),
 ]
 
 
@@ -328,7 +328,9 @@ def ring(kernel, shared_bytes):
         stage, result = (128 + columns) * 64 * 2, 128 * columns * (1 if "silu" in kernel else 2)
         return min(int(of_family("gemm", "kMostStages")), (shared_bytes - 512 - result) // stage), stage
     if kernel.startswith("gemv"):
-        return int(of_family("gemv", "int kStages")), 64 * 128 * 2
+        # "kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3"
+        numbers = [int(n) for n in re.findall(r"[?:] (\d+)", of_family("gemv", "int kStages"))]
+        return numbers[max(0, int(kernel.rsplit("_m", 1)[1]).bit_length() - 5)], 64 * 128 * 2
     if kernel.startswith("attn"):
         family, dim = kernel.rsplit("_d", 1)
         if family == "attn_decode":
