@@ -219,10 +219,11 @@ impl Executor {
         };
         let max_pages = plan.context.div_ceil(PAGE_TOKENS);
         let cache = KvCache::new(device, config.num_layers, model::heads(config), plan.pages, plan.slots, max_pages)?;
+        let fixed_splits = options.deterministic.then_some(max_pages);
         let mut executor = Executor {
             device: device.clone(),
             slots: Slots::new(device, plan.slots, traits)?,
-            activations: Activations::new(device, config, plan.prefill_chunk)?,
+            activations: Activations::new(device, config, plan.prefill_chunk, fixed_splits)?,
             lengths: vec![0; plan.slots as usize],
             plan,
             model,

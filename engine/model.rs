@@ -78,7 +78,8 @@ impl Activations {
         (rows as usize * columns * 2 + decode * c.vocab_size * 4) as u64
     }
 
-    pub fn new(device: &Device, c: &ModelConfig, rows: u32) -> Result<Activations> {
+    /// `fixed_splits`: see [`Workspace::new`].
+    pub fn new(device: &Device, c: &ModelConfig, rows: u32, fixed_splits: Option<u32>) -> Result<Activations> {
         let rows = rows.max(MAX_DECODE_ROWS);
         let heads = heads(c);
         let decode = MAX_DECODE_ROWS as usize;
@@ -93,7 +94,7 @@ impl Activations {
             attention: matrix(q_columns)?,
             mlp: matrix(c.intermediate_size)?,
             logits: device.alloc(decode * c.vocab_size * 4)?,
-            workspace: Workspace::new(device, widest, c.hidden_size, heads)?,
+            workspace: Workspace::new(device, widest, c.hidden_size, heads, fixed_splits)?,
         })
     }
 }

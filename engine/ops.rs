@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 const GEMV_TILE_ROWS: u64 = 64;
 const GEMV_STEP_K: u64 = 128;
+/// Most memory for the partial results of sequences that are cut at fixed pages; where more would be needed, pieces are longer.
+const SPLIT_BYTES: usize = 64 << 20;
 /// Neighbours in the residual stream whose squares are summed together.
 const SQUARES: usize = 64;
 const BF16: u64 = 2;
@@ -90,23 +92,32 @@ pub struct Workspace {
     blocks: u32,
     partial: Buffer,
     ticket: Buffer,
+    /// Attention of decode cuts each sequence after so many pages; 0: where the blocks' shares of all of them end.
+    split_pages: u32,
     /// Sums of squares of the residual stream: from what writes it to the norm in the product that reads it.
     squares: Buffer,
 }
 
 impl Workspace {
-    /// For products of up to `n` columns, a residual stream of `hidden`, and attention with these heads.
-    pub fn new(device: &Device, n: usize, hidden: usize, heads: Heads) -> Result<Workspace> {
+    /// For products of up to `n` columns, a residual stream of `hidden`, and attention with these heads. `fixed_splits`: pages of
+    /// the longest sequence, if a row's attention must not depend on the other rows.
+    pub fn new(device: &Device, n: usize, hidden: usize, heads: Heads, fixed_splits: Option<u32>) -> Result<Workspace> {
         let blocks = device.processors() as usize;
         let gemv = MAX_DECODE_ROWS as usize * GEMV_TILE_ROWS as usize;
         let attention = (heads.group() * (heads.dim + 2)) as usize;
+        let pieces = |max_pages: u32, split| (MAX_DECODE_ROWS * heads.kv * max_pages.div_ceil(split)) as usize;
+        let split_pages = fixed_splits.map_or(0, |max_pages| {
+            let fits = |split: &u32| pieces(max_pages, *split) * attention * 4 <= SPLIT_BYTES;
+            std::iter::successors(Some(4), |split| Some(split * 2)).find(fits).expect("some split is the longest")
+        });
+        let split = fixed_splits.map_or(0, |max_pages| pieces(max_pages, split_pages) * attention);
         let tickets = n.div_ceil(GEMV_TILE_ROWS as usize).max((MAX_DECODE_ROWS * heads.kv) as usize);
         let ticket = device.alloc(tickets * 4)?;
         device.fill(&ticket, 0, tickets * 4, 0)?;
-        let partial = device.alloc(blocks * 2 * gemv.max(attention) * 4)?;
+        let partial = device.alloc((blocks * 2 * gemv.max(attention)).max(split) * 4)?;
         let squares = device.alloc(MAX_DECODE_ROWS as usize * hidden.div_ceil(SQUARES) * 4)?;
         device.fill(&squares, 0, squares.bytes(), 0)?;
-        Ok(Workspace { blocks: blocks as u32, partial, ticket, squares })
+        Ok(Workspace { blocks: blocks as u32, partial, ticket, split_pages, squares })
     }
 }
 
@@ -547,6 +558,7 @@ pub fn attn_decode(
         q_heads: heads.query as i32,
         kv_heads: heads.kv as i32,
         max_pages: pages.max_pages as i32,
+        split_pages: workspace.split_pages as i32,
         scale: heads.scale(),
         ..Default::default()
     };

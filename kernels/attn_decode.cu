@@ -4,7 +4,8 @@
 // span (computed by every block from row_position, so that a captured launch follows the growing sequences). A span
 // falls into segments, each a run of pages of one (row, kv head) pair. A pair inside one block is written out directly;
 // of a pair cut between blocks each writes a partial result, and the last one to finish merges them in order of the
-// blocks, so the result does not depend on which one was last.
+// blocks, so the result does not depend on which one was last. With split_pages, pairs are cut at absolute positions
+// instead, and the pieces are dealt out whole: then a row's result does not depend on what else is in the batch.
 //
 // Within a block, warp 4 streams tiles (64 tokens of K, then the same of V) through a ring by TMA. Warps 0 to 3 each
 // own 16 tokens of every page: S = Q K^T and O += P V by mma.sync with the heads of the group as the 16 rows of A
@@ -41,51 +42,59 @@ struct DecodeShared {
 static_assert(sizeof(DecodeShared<64>) == ATTN_DECODE_SHARED_D64, "");
 static_assert(sizeof(DecodeShared<128>) == ATTN_DECODE_SHARED_D128, "");
 
-// ---- sharing out the work; a unit is one page of one kv head of one row ----
+// ---- sharing out the work; a unit is one page (or split_pages) of one kv head of one row ----
 
 DEVICE int pages_of(const AttnDecodeParams& p, int row) {
   const int position = p.row_position[row];
   return position < 0 ? 0 : position / PAGE_TOKENS + 1;
 }
 
+DEVICE int pages_per_unit(const AttnDecodeParams& p) { return max_int(p.split_pages, 1); }
+
+// Of each kv head of a row.
+DEVICE int units_of(const AttnDecodeParams& p, int row) { return ceil_div(pages_of(p, row), pages_per_unit(p)); }
+
 // The units of this block, and how far it has come.
 struct Span {
   int share;  // units per block
   int unit, end;
-  int row, pages;  // the row of `unit`
+  int row, units;  // the row of `unit`, and its units for each kv head
   int row_start;   // its first unit
 };
 
 DEVICE Span span_of_block(const AttnDecodeParams& p) {
   int units = 0;
-  for (int row = 0; row < p.rows; row++) units += pages_of(p, row) * p.kv_heads;
+  for (int row = 0; row < p.rows; row++) units += units_of(p, row) * p.kv_heads;
   Span s;
   s.share = ceil_div(units, grid_x());
   s.unit = min_int(block_x() * s.share, units);
   s.end = min_int(s.unit + s.share, units);
   s.row = 0, s.row_start = 0;
-  s.pages = pages_of(p, 0);
+  s.units = units_of(p, 0);
   return s;
 }
 
-// Pages [first, last) of a pair, whose units begin at pair_start.
+// Pages [first, last) of a pair: `count` units from `unit` on, of the pair's `units` from `pair_start` on.
 struct Segment {
-  int row, kv_head, pages, first, last, pair_start;
+  int row, kv_head, first, last;
+  int unit, count, pair_start, units;
 };
 
 DEVICE bool next_segment(const AttnDecodeParams& p, Span& s, Segment& segment) {
   if (s.unit == s.end) return false;
-  while (s.unit >= s.row_start + s.pages * p.kv_heads) {
-    s.row_start += s.pages * p.kv_heads;
-    s.pages = pages_of(p, ++s.row);
+  while (s.unit >= s.row_start + s.units * p.kv_heads) {
+    s.row_start += s.units * p.kv_heads;
+    s.units = units_of(p, ++s.row);
   }
   segment.row = s.row;
-  segment.pages = s.pages;
-  segment.kv_head = (s.unit - s.row_start) / s.pages;
-  segment.pair_start = s.row_start + segment.kv_head * s.pages;
-  segment.first = s.unit - segment.pair_start;
-  segment.last = min_int(s.pages, s.end - segment.pair_start);
-  s.unit = segment.pair_start + segment.last;
+  segment.units = s.units;
+  segment.kv_head = (s.unit - s.row_start) / s.units;
+  segment.pair_start = s.row_start + segment.kv_head * s.units;
+  segment.unit = s.unit;
+  segment.count = p.split_pages ? 1 : min_int(segment.pair_start + s.units, s.end) - s.unit;
+  segment.first = (s.unit - segment.pair_start) * pages_per_unit(p);
+  segment.last = min_int(segment.first + segment.count * pages_per_unit(p), pages_of(p, s.row));
+  s.unit += segment.count;
   return true;
 }
 
@@ -287,21 +296,31 @@ DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim>& share
   }
 }
 
-// Where block `block` puts its partial result of a pair: slot 0 for the pair that it finishes, 1 for the one it begins.
-DEVICE int partial_index(int block, int pair_start, int share) {
-  return 2 * block + (pair_start >= block * share ? 1 : 0);
+// The parts of a cut pair are those of neighbouring blocks, or its units: numbers in order.
+struct Parts {
+  int first, last;
+};
+
+DEVICE Parts parts_of(const AttnDecodeParams& p, const Segment& segment, int share) {
+  const int last = segment.pair_start + segment.units - 1;
+  return p.split_pages ? Parts{segment.pair_start, last} : Parts{segment.pair_start / share, last / share};
+}
+
+// Where a part has its partial result. A block has slot 0 for the pair that it finishes, 1 for the one it begins.
+DEVICE int partial_index(const AttnDecodeParams& p, const Segment& segment, int part, int share) {
+  return p.split_pages ? part : 2 * part + (segment.pair_start >= part * share ? 1 : 0);
 }
 
 template <int kHeadDim>
-DEVICE void merge_blocks(const AttnDecodeParams& p, const Segment& segment, int group, int share, int first, int last) {
+DEVICE void merge_parts(const AttnDecodeParams& p, const Segment& segment, int group, int share, const Parts& parts) {
   const float scale_log2 = p.scale * kLog2e;
   for (int item = thread_idx(); item < group * kHeadDim / 8; item += kComputeThreads) {
     const int row = item / (kHeadDim / 8), column = item % (kHeadDim / 8) * 8;
     float max = kLowest, sum = 0.f, out[8] = {};
-    for (int block = first; block <= last; block++)
-      max = fmaxf(max, partial_row<kHeadDim>(p, group, partial_index(block, segment.pair_start, share), row)[kHeadDim]);
-    for (int block = first; block <= last; block++) {
-      const float* from = partial_row<kHeadDim>(p, group, partial_index(block, segment.pair_start, share), row);
+    for (int part = parts.first; part <= parts.last; part++)
+      max = fmaxf(max, partial_row<kHeadDim>(p, group, partial_index(p, segment, part, share), row)[kHeadDim]);
+    for (int part = parts.first; part <= parts.last; part++) {
+      const float* from = partial_row<kHeadDim>(p, group, partial_index(p, segment, part, share), row);
       const float weight = exp2_approx((from[kHeadDim] - max) * scale_log2);
       sum += weight * from[kHeadDim + 1];
       UNROLL for (int i = 0; i < 8; i++) out[i] += weight * from[column + i];
@@ -318,20 +337,20 @@ DEVICE void compute_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shar
   while (next_segment(p, span, segment)) {
     Attention<kHeadDim> a;
     attend(p, shared, segment, group, ring, a);
-    const bool cut = segment.last - segment.first < segment.pages;
-    merge_warps(p, shared, segment, group, a, cut ? partial_index(block_x(), segment.pair_start, span.share) : -1);
+    const bool cut = segment.count < segment.units;
+    const int part = p.split_pages ? segment.unit : block_x();
+    merge_warps(p, shared, segment, group, a, cut ? partial_index(p, segment, part, span.share) : -1);
     if (cut) {
-      const int first = segment.pair_start / span.share;
-      const int last = (segment.pair_start + segment.pages - 1) / span.share;
+      const Parts parts = parts_of(p, segment, span.share);
+      const uint32_t others = parts.last - parts.first;
       fence_device();
       named_barrier_sync(kMergeBarrier, kComputeThreads);
       if (thread_idx() == 0)
-        shared.is_last = atomic_ticket(&p.ticket[segment.row * p.kv_heads + segment.kv_head], last - first) ==
-                         (uint32_t)(last - first);
+        shared.is_last = atomic_ticket(&p.ticket[segment.row * p.kv_heads + segment.kv_head], others) == others;
       named_barrier_sync(kMergeBarrier, kComputeThreads);
       if (shared.is_last) {
         fence_device();
-        merge_blocks<kHeadDim>(p, segment, group, span.share, first, last);
+        merge_parts<kHeadDim>(p, segment, group, span.share, parts);
       }
     }
     named_barrier_sync(kMergeBarrier, kComputeThreads);  // the merge memory is free again

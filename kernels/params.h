@@ -298,8 +298,8 @@ typedef struct __attribute__((aligned(64))) AttnPrefillParams {
   float scale;  // 1 / sqrt(head_dim)
 } AttnPrefillParams;
 
-// attn_decode: one query token per row over its paged KV; the pages of all rows are dealt evenly to the blocks, partial
-// results are merged in order by the last block of a row.
+// attn_decode: one query token per row over its paged KV; the pages of all rows are dealt evenly to the blocks, or in pieces of
+// split_pages; partial results are merged in order by the last block of a row.
 typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   TensorMap k_map;  // as above
   TensorMap v_map;
@@ -307,10 +307,11 @@ typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   const int32_t* row_position;  // [rows], -1: padding, output zero
   const int32_t* row_slot;      // [rows]
   const int32_t* block_table;   // [MAX_SLOTS][max_pages]
-  float* partial;               // [grid_x * 2][group][head_dim + 2] workspace: output, max, sum
-  uint32_t* ticket;             // [rows * kv_heads] zero between launches
-  uint16_t* out;                // [rows][q_heads][head_dim]
+  float* partial;    // [grid_x * 2, or pieces of all rows and kv heads][group][head_dim + 2]: output, max, sum
+  uint32_t* ticket;  // [rows * kv_heads] zero between launches
+  uint16_t* out;     // [rows][q_heads][head_dim]
   int32_t rows, q_heads, kv_heads, max_pages;
+  int32_t split_pages;  // 0: pairs are cut where the blocks' shares end; else after so many pages, always
   float scale;
 } AttnDecodeParams;
 

@@ -156,7 +156,8 @@ impl Cache {
     }
 
     /// One decode step of these (slot, position) rows on a grid of so many blocks.
-    fn decode(&self, device: &Device, q: &[bf16], rows: &[(usize, i32)], grid: u32) -> Vec<bf16> {
+    /// `split_pages`: 0 for even shares.
+    fn decode(&self, device: &Device, q: &[bf16], rows: &[(usize, i32)], grid: u32, split_pages: usize) -> Vec<bf16> {
         let heads = self.heads;
         let (kernel, shared) = match heads.head_dim {
             64 => (&ATTN_DECODE_D64, ATTN_DECODE_SHARED_D64),
@@ -168,7 +169,9 @@ impl Cache {
         let position = upload(device, &rows.iter().map(|r| r.1).collect::<Vec<_>>());
         let slot = upload(device, &rows.iter().map(|r| r.0 as i32).collect::<Vec<_>>());
         let ticket = upload(device, &vec![0u32; rows.len() * heads.kv]);
-        let partial = device.alloc(grid as usize * 2 * heads.group * (heads.head_dim + 2) * 4).unwrap();
+        let pieces = rows.len() * heads.kv * self.max_pages.div_ceil(split_pages.max(1));
+        let parts = if split_pages > 0 { pieces } else { grid as usize * 2 };
+        let partial = device.alloc(parts * heads.group * (heads.head_dim + 2) * 4).unwrap();
         let count = rows.len() * heads.q() * heads.head_dim;
         let out = device.alloc(count * 2).unwrap();
         let params = AttnDecodeParams {
@@ -185,6 +188,7 @@ impl Cache {
             q_heads: heads.q() as i32,
             kv_heads: heads.kv as i32,
             max_pages: self.max_pages as i32,
+            split_pages: split_pages as i32,
             scale: heads.scale(),
             ..Default::default()
         };
@@ -271,8 +275,11 @@ fn check_decode(head_dim: usize, kv: usize, group: usize, positions: &[i32], gri
     let rows: Vec<(usize, i32)> =
         positions.iter().enumerate().map(|(i, &p)| (if p < 0 { 0 } else { i + 1 }, p)).collect();
     let q = values(&mut random, rows.len() * heads.q() * head_dim, 1.0);
-    let what = format!("decode {heads:?}, grid {grid}");
-    on_every_device(|device| cache.decode(device, &q, &rows, grid), |out| cache.check(&q, &rows, out, &what));
+    for split_pages in [0, 1, 2] {
+        let what = format!("decode {heads:?}, grid {grid}, pieces of {split_pages} pages");
+        let run = |device: &Device| cache.decode(device, &q, &rows, grid, split_pages);
+        on_every_device(run, |out| cache.check(&q, &rows, out, &what));
+    }
 }
 
 #[test]
@@ -295,6 +302,27 @@ fn decode_of_every_group() {
 fn decode_of_padding_only_and_of_sixteen_rows() {
     check_decode(64, 1, 1, &[-1, -1, -1], 2);
     check_decode(64, 1, 2, &[5, 70, -1, 130, 3, 64, 63, 1, 200, -1, 12, 77, 90, 191, 192, 193], 4);
+}
+
+/// Cut at fixed pages, a row is attended to in the same way alone and among others, on any grid.
+#[test]
+fn decode_in_fixed_pieces_does_not_know_the_batch() {
+    let heads = Heads { head_dim: 64, kv: 2, group: 3 };
+    let positions = [700, 64, 63, 300, 5, 129];
+    let mut random = Random(21);
+    let cache = Cache::new(heads, &positions.map(|p| p as usize + 1), &mut random);
+    let columns = heads.q() * heads.head_dim;
+    let q = values(&mut random, positions.len() * columns, 1.0);
+    let rows: Vec<(usize, i32)> = positions.iter().enumerate().map(|(i, &p)| (i + 1, p)).collect();
+    let device = crate::devices::devices().pop().unwrap();
+    let together = cache.decode(&device, &q, &rows, 5, 4);
+    for (i, row) in rows.iter().enumerate() {
+        let range = i * columns..(i + 1) * columns;
+        for grid in [1, 4, 7] {
+            let alone = cache.decode(&device, &q[range.clone()], &[*row], grid, 4);
+            assert!(bits(&alone) == bits(&together[range.clone()]), "row {i}, grid {grid}");
+        }
+    }
 }
 
 #[test]
@@ -369,7 +397,7 @@ fn prefill_equals_decode_one_by_one() {
     let by_step: Vec<bf16> = (0..length)
         .flat_map(|p| {
             let row = heads.q() * 64;
-            cache.decode(&device, &q[p * row..(p + 1) * row], &[(1, p as i32)], 3)
+            cache.decode(&device, &q[p * row..(p + 1) * row], &[(1, p as i32)], 3, 0)
         })
         .collect();
     for cuts in [vec![0, 150], vec![0, 1, 64, 150], vec![0, 37, 128, 129, 150]] {

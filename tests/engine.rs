@@ -252,3 +252,29 @@ fn found_as_cold() {
     let plain = |t: &TokenEvent| TokenEvent { serial: 0, slot: 0, ..t.clone() };
     assert_eq!(found.tokens.iter().map(plain).collect::<Vec<_>>(), cold.tokens.iter().map(plain).collect::<Vec<_>>());
 }
+
+/// With `deterministic`, an answer is the same alone and in a busy batch, to the last bit of its log-probabilities.
+#[test]
+fn deterministic_answers_do_not_know_the_batch() {
+    let options = ExecutorOptions { deterministic: true, ..Default::default() };
+    let engine = || modulo::engine_with(&ThinkingChoice::Auto, &options);
+    let request = |engine: &Engine, i: usize| Request {
+        sampling: SamplingRequest {
+            temperature: Some(0.5 * (i % 3) as f32),
+            seed: Some(i as u64),
+            logprobs: Some(2),
+            ..Default::default()
+        },
+        budget: BudgetRequest { n_ignore: i as u32 % 2, ..Default::default() },
+        ..ask(engine, i, 40 + 30 * (i as u32 % 5))
+    };
+    let mut busy = engine();
+    let requests: Vec<Request> = (0..20).map(|i| request(&busy, i)).collect();
+    let together = answer_all(&mut busy, &requests);
+    let plain = |t: &TokenEvent| TokenEvent { serial: 0, slot: 0, ..t.clone() };
+    for i in [0, 4, 11, 19] {
+        let alone = answer_all(&mut engine(), std::slice::from_ref(&requests[i])).remove(0);
+        let plain = |answer: &Answer| answer.tokens.iter().map(plain).collect::<Vec<_>>();
+        assert_eq!(plain(&alone), plain(&together[i]), "request {i}");
+    }
+}

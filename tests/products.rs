@@ -395,7 +395,7 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
             let weight = Arc::new(upload(&device, &decode.case.w));
             let w = Linear::new(&device, weight, Some(upload(&device, &decode.case.extra)), n, k).unwrap();
             let norm = Norm { weight: upload(&device, &decode.norm), eps: 0.0 };
-            let workspace = Workspace::new(&device, n, k, heads).unwrap();
+            let workspace = Workspace::new(&device, n, k, heads, None).unwrap();
             // A residual product leaves the sums of squares: of x, if it adds nothing to it.
             let x = upload(&device, &decode.x);
             let zero = Arc::new(upload(&device, &vec![bf16::ZERO; k * 64]));

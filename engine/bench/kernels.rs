@@ -323,7 +323,7 @@ impl Bench<'_> {
         let out = self.random((MAX_DECODE_ROWS * n) as usize * 2, 1.0)?;
         let norm = Norm { weight: self.random(k as usize, 1.0)?, eps: 1e-6 };
         let cos_sin = self.random_f32((100 * s.heads.dim) as usize, 1.0)?;
-        let workspace = Workspace::new(self.device, n as usize, n.max(k) as usize, s.heads)?;
+        let workspace = Workspace::new(self.device, n as usize, n.max(k) as usize, s.heads, None)?;
         for shape in wanted {
             let count = shape[0].1;
             let sequences = self.sequences(s.heads, &vec![(99, 1); count as usize])?;
@@ -366,7 +366,7 @@ impl Bench<'_> {
                 pairs: sequences.pairs,
                 keys: sequences.keys,
             };
-            let workspace = Workspace::new(self.device, 1, 1, s.heads)?;
+            let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let pages = sequences.cache.layer(0);
             let launch = ops::attn_prefill(self.device, &q, s.heads, &tiles, &pages, &out, &workspace)?;
             self.measure("attn_prefill", name, shape, &launch)?;
@@ -378,7 +378,7 @@ impl Bench<'_> {
             let sequences = self.sequences(s.heads, &chunks)?;
             let elements = (batch * s.heads.query * s.heads.dim) as usize;
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
-            let workspace = Workspace::new(self.device, 1, 1, s.heads)?;
+            let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
             let launch = ops::attn_decode(&q, s.heads, &rows, sequences.keys, &pages, &out, &workspace);
             self.measure("attn_decode", "decode", shape, &launch)?;
