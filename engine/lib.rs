@@ -24,12 +24,17 @@ pub mod ops;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod service;
 pub mod simulator;
 pub mod slots;
+pub mod stepper;
 pub mod telemetry;
 pub mod thinking;
 pub mod tiles;
 pub mod tiling;
 pub mod tokenizer;
 
+pub use engine::Engine;
 pub use error::{Error, Result};
+pub use frontend::Request;
+pub use service::Service;

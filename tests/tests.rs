@@ -25,5 +25,6 @@ mod sampler;
 mod scheduler;
 mod scripts;
 mod sequence;
+mod service;
 mod simt;
 mod simulator;

@@ -100,6 +100,9 @@ pub struct Pinned {
     bytes: usize,
 }
 
+// SAFETY: the memory is this struct's own, and any thread may free it.
+unsafe impl Send for Pinned {}
+
 /// A recorded list of launches.
 pub struct Graph {
     pub launches: Vec<Launch>,

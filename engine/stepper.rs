@@ -1,0 +1,209 @@
+//! One step after another: the scheduler plans it, the executor or the simulator runs it, and the scheduler takes note of the
+//! tokens. No step waits for the token of the one before it: [`RUN_AHEAD`] of them are in flight. Knows no text.
+
+use crate::Result;
+use crate::batch::{Batch, TokenEvent};
+use crate::config::ModelConfig;
+use crate::device::Device;
+use crate::executor::{Executor, ExecutorOptions, KernelCost, MemoryPlan};
+use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
+use crate::model::Weights;
+use crate::scheduler::{Counters, Limits, Scheduler, Submission};
+use crate::simulator::Simulator;
+use std::time::{Duration, Instant};
+
+/// Steps launched before the token of the first of them is read.
+pub const RUN_AHEAD: u32 = 3;
+
+/// Prompt tokens in one step while others decode. Fewer would take hardly less time on an H100: its tensor cores need as long
+/// for about 300 tokens as its memory for the weights.
+const PREFILL_BESIDE_DECODE: u32 = 256;
+
+pub struct Stepper {
+    runner: Runner,
+    scheduler: Scheduler,
+    start: Instant,
+    pub host_work: HostWork,
+}
+
+/// What runs the steps.
+enum Runner {
+    Executor(Box<Executor>),
+    Simulator(Box<Simulator>),
+}
+
+impl Runner {
+    fn plan(&self) -> &MemoryPlan {
+        match self {
+            Runner::Executor(executor) => executor.plan(),
+            Runner::Simulator(simulator) => simulator.plan(),
+        }
+    }
+
+    /// Most sequences in one step.
+    fn rows(&self) -> u32 {
+        match self {
+            Runner::Executor(_) => MAX_DECODE_ROWS,
+            Runner::Simulator(simulator) => simulator.plan().slots - 1,
+        }
+    }
+
+    fn in_flight(&self) -> u32 {
+        match self {
+            Runner::Executor(executor) => executor.in_flight(),
+            Runner::Simulator(simulator) => simulator.in_flight(),
+        }
+    }
+
+    fn submit(&mut self, batch: &Batch) -> Result<()> {
+        match self {
+            Runner::Executor(executor) => executor.submit(batch),
+            Runner::Simulator(simulator) => {
+                simulator.submit(batch);
+                Ok(())
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Vec<TokenEvent>> {
+        match self {
+            Runner::Executor(executor) => executor.wait(),
+            Runner::Simulator(simulator) => Ok(simulator.wait()),
+        }
+    }
+}
+
+/// The time that the host has spent on steps since the start, but for handing them to the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostWork {
+    /// Deciding what runs.
+    pub plan: Duration,
+    /// Taking note of what came back.
+    pub receive: Duration,
+    /// Turning it into text, which is not done here.
+    pub text: Duration,
+}
+
+impl HostWork {
+    pub fn total(&self) -> Duration {
+        self.plan + self.receive + self.text
+    }
+}
+
+/// How full the engine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    pub waiting: usize,
+    pub running: usize,
+    /// Of the running ones, those whose pages others needed.
+    pub preempted: usize,
+    pub pages_used: u32,
+    pub pages: u32,
+    pub counters: Counters,
+}
+
+impl Stepper {
+    /// `traits`: [vocab], from the tokenizer.
+    ///
+    /// # Errors
+    /// As [`Executor::new`].
+    pub fn new(
+        config: &ModelConfig,
+        traits: Vec<u8>,
+        weights: Weights,
+        device: &Device,
+        options: &ExecutorOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Stepper> {
+        let runner = match device.simulated() {
+            Some(&gpu) => {
+                let plan = MemoryPlan::new(device, config, options)?;
+                Runner::Simulator(Box::new(Simulator::new(gpu, config, plan, traits)))
+            }
+            None => {
+                let executor = Executor::new(device, config, weights, &traits, options, progress)?;
+                Runner::Executor(Box::new(executor))
+            }
+        };
+        let plan = runner.plan();
+        let scheduler = Scheduler::new(Limits {
+            slots: plan.slots,
+            pages: plan.pages,
+            page_tokens: PAGE_TOKENS,
+            rows: runner.rows(),
+            prefill_tokens: plan.prefill_chunk,
+            prefill_beside_decode: plan.prefill_chunk.min(PREFILL_BESIDE_DECODE),
+            deterministic: options.deterministic,
+        });
+        Ok(Stepper { runner, scheduler, start: Instant::now(), host_work: HostWork::default() })
+    }
+
+    /// Longest sequence: prompt and answer.
+    pub fn context(&self) -> u32 {
+        self.runner.plan().context
+    }
+
+    pub fn submit(&mut self, submission: Submission) {
+        self.scheduler.submit(submission);
+    }
+
+    /// False when it has ended by itself.
+    pub fn cancel(&mut self, serial: u32) -> bool {
+        self.scheduler.cancel(serial)
+    }
+
+    /// Whether [`Stepper::step`] would do nothing.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.waiting() + self.scheduler.running() == 0 && self.runner.in_flight() == 0
+    }
+
+    /// Launches what can be launched, then waits for at least one step's tokens, if any are to come.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn step(&mut self) -> Result<Vec<TokenEvent>> {
+        while self.runner.in_flight() < RUN_AHEAD {
+            let before = Instant::now();
+            let batch = self.scheduler.plan();
+            self.host_work.plan += before.elapsed();
+            let Some(batch) = batch else { break };
+            self.runner.submit(&batch)?;
+        }
+        let mut events = if self.runner.in_flight() > 0 { self.runner.wait()? } else { Vec::new() };
+        let before = Instant::now();
+        // Others ran past the end.
+        events.retain(|event| self.scheduler.received(event));
+        self.host_work.receive += before.elapsed();
+        Ok(events)
+    }
+
+    /// Time since the start, as the device has it: a simulated one may only count it.
+    pub fn now(&self) -> Duration {
+        match &self.runner {
+            Runner::Executor(_) => self.start.elapsed(),
+            Runner::Simulator(simulator) => simulator.now(),
+        }
+    }
+
+    /// What each kernel has cost, if the executor was told to profile.
+    pub fn profile(&self) -> impl Iterator<Item = (&'static str, KernelCost)> {
+        match &self.runner {
+            Runner::Executor(executor) => Some(executor.profile()),
+            Runner::Simulator(_) => None,
+        }
+        .into_iter()
+        .flatten()
+    }
+
+    pub fn stats(&self) -> Stats {
+        let (pages_used, pages) = self.scheduler.pages();
+        Stats {
+            waiting: self.scheduler.waiting(),
+            running: self.scheduler.running(),
+            preempted: self.scheduler.preempted(),
+            pages_used,
+            pages,
+            counters: self.scheduler.counters(),
+        }
+    }
+}
