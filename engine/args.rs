@@ -23,6 +23,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talk to the model. Ctrl-C stops an answer, Ctrl-D ends.
     Chat(ChatArgs),
+    /// Answer a file of requests, one JSON object a line; going on where an earlier run has ended.
+    Batch(BatchArgs),
     /// Show what a model needs: memory plan, kernels with their resources, device.
     Inspect(InspectArgs),
     /// Measure kernels or a whole model.
@@ -66,6 +68,21 @@ pub struct ChatArgs {
     /// System message.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
+    #[command(flatten)]
+    pub request: RequestArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Group)]
+pub struct BatchArgs {
+    /// Requests: on each line an object with prompt (or messages, raw_prompt, prompt_ids), an id, and whatever differs from the
+    /// flags: max_tokens, temperature, n_ignore, ...
+    #[arg(value_name = "FILE", index = 2)]
+    pub file: PathBuf,
+    /// Answers, in the order of the requests. What is there already is not asked again.
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
     #[command(flatten)]
     pub request: RequestArgs,
     #[command(flatten)]
@@ -226,7 +243,7 @@ pub struct SourceArgs {
     /// Launch decode steps kernel by kernel instead of replaying recorded ones.
     #[arg(long)]
     pub no_graphs: bool,
-    /// Most prompt tokens in one step: more are computed faster, and keep running answers waiting longer.
+    /// Most prompt tokens in one step; at most 256 while answers are running, so that those do not wait long.
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
 }

@@ -366,3 +366,49 @@ fn a_chat_at_a_terminal() {
     let output = output.expect("python3 is a prerequisite");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// Answers in order, those of bad lines among them; an interrupted run goes on where it ended, and comes to the same.
+#[test]
+fn a_file_of_requests() {
+    let folder = std::env::temp_dir().join(format!("ponder-batch-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (input, output) = (folder.join("requests.jsonl"), folder.join("answers.jsonl"));
+    let mut lines: Vec<String> = (0..40)
+        .map(|i| {
+            json!({"id": format!("r{i}"), "prompt": format!("Question {i}"), "seed": i, "n_ignore": i % 3}).to_string()
+        })
+        .collect();
+    lines[7] = json!({"prompt": "Too hot", "temperature": 1000}).to_string();
+    lines[8] = "{".into();
+    lines[9] = json!({"raw_prompt": "2 + 2 =", "max_tokens": 3, "id": [1, 2]}).to_string();
+    std::fs::write(&input, lines.join("\n")).unwrap();
+    let device = ["--device", "sim:h100,instant", "--max-tokens", "60", "--max-sequences", "8"];
+    let run = || {
+        let files = ["batch", MODEL, input.to_str().unwrap(), "--output", output.to_str().unwrap()];
+        let result = ponder(&[&files[..], &device].concat(), b"");
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+        std::fs::read_to_string(&output).unwrap()
+    };
+    let whole = run();
+    let answers: Vec<Value> = whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers.len(), 40);
+    for (i, answer) in answers.iter().enumerate() {
+        assert_eq!(answer["index"], i);
+        match i {
+            7 => assert!(answer["error"].as_str().unwrap().contains("temperature")),
+            8 => assert!(answer["error"].as_str().unwrap().contains("not a request")),
+            9 => assert_eq!((&answer["id"], &answer["usage"]["completion_tokens"]), (&json!([1, 2]), &json!(3))),
+            _ => assert_eq!((&answer["id"], answer["error"].is_null()), (&json!(format!("r{i}")), true)),
+        }
+    }
+    assert_eq!(run(), whole, "nothing is left to do");
+    // In the middle of a line, and of a character.
+    let middle = (whole.len() / 2..).find(|&i| !whole.is_char_boundary(i)).unwrap();
+    std::fs::write(&output, &whole.as_bytes()[..middle]).unwrap();
+    assert_eq!(run(), whole);
+    std::fs::write(&output, "something else\n").unwrap();
+    let flags = ["batch", MODEL, input.to_str().unwrap(), "--output", output.to_str().unwrap()];
+    refused(&[&flags[..], &device].concat(), &["answers.jsonl", "line 1"]);
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), "something else\n", "it is left alone");
+    std::fs::remove_dir_all(&folder).unwrap();
+}

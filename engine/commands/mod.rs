@@ -1,5 +1,6 @@
 //! The commands of the `ponder` binary: each reads its flags, drives an engine and prints.
 
+mod batch;
 mod bench;
 mod chat;
 mod generate;
@@ -22,6 +23,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),
     }
