@@ -246,6 +246,29 @@ pub struct SourceArgs {
     /// Most prompt tokens in one step; at most 256 while answers are running, so that those do not wait long.
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
+    /// How decode steps follow one another while nothing else is to be done.
+    #[arg(long, value_enum, value_name = "KIND", default_value = "step", conflicts_with = "no_graphs")]
+    pub decode_loop: DecodeLoopKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DecodeLoopKind {
+    /// The host launches each. The default until a GPU has compared them.
+    Step,
+    /// The host launches four at a time.
+    Multi,
+    /// The device loops by itself; the host breaks in when there is something else to do.
+    Device,
+}
+
+impl DecodeLoopKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            DecodeLoopKind::Step => "step",
+            DecodeLoopKind::Multi => "multi",
+            DecodeLoopKind::Device => "device",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -1,7 +1,7 @@
 //! What the two halves share: one step's work as plain numbers, and what came of it. Logic fills a [`Batch`], compute turns
 //! it into launches; the sampler's records come back as [`TokenEvent`]s. Neither half sees the other's types.
 
-/// One forward pass: the changes to device state that must precede it, then prefill chunks or one decode step.
+/// What is launched at once: the changes to device state that must precede it, then prefill chunks or decode steps.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     /// Slots that get a new sequence, written before anything else.
@@ -21,8 +21,8 @@ pub enum Work {
     Nothing,
     /// Chunks of prompts, ragged.
     Prefill(Vec<PrefillChunk>),
-    /// One token for each of these slots.
-    Decode(Vec<u32>),
+    /// A token for each of these slots in each of so many steps. A slot that finishes before does nothing from then on.
+    Decode { slots: Vec<u32>, steps: u32 },
 }
 
 /// Block table entry: tokens `index * 64 ..` of the sequence in `slot` lie in `page`.

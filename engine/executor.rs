@@ -8,7 +8,7 @@ use crate::device::{Buffer, Device, Graph, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS};
 use crate::kv_cache::KvCache;
 use crate::model::{self, Activations, Model, PrefillStep, Weights};
-use crate::ops::{Rows, Tiles};
+use crate::ops::{self, Rows, Tiles};
 use crate::slots::{self, Slots};
 use crate::tiles::{ChunkRows, prefill_tiles};
 use crate::{Error, Result};
@@ -17,6 +17,29 @@ use std::time::Duration;
 
 /// Rows of the decode steps that are recorded; a batch takes the smallest that holds it, the rest is padding.
 pub const BUCKETS: [u32; 7] = [1, 2, 4, 8, 16, 32, 64];
+
+/// How decode steps follow one another where the scheduler knows that nothing will change for a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecodeLoop {
+    /// The host launches each.
+    #[default]
+    Step,
+    /// The host launches several at a time, recorded as one list.
+    Multi,
+    /// The host launches a loop, which the device repeats until there is nothing more to do, or the host breaks in.
+    Device,
+}
+
+impl DecodeLoop {
+    /// Most steps of one launch. A loop's fit the ring beside those already in flight when it is launched.
+    fn steps(self) -> u32 {
+        match self {
+            DecodeLoop::Step => 1,
+            DecodeLoop::Multi => 4,
+            DecodeLoop::Device => RING_STEPS / 2,
+        }
+    }
+}
 
 /// How to run.
 #[derive(Clone, Debug)]
@@ -31,6 +54,8 @@ pub struct ExecutorOptions {
     pub prefill_chunk: u32,
     /// Replay recorded decode steps; otherwise launch kernel by kernel.
     pub graphs: bool,
+    /// Needs graphs; one step at a time without.
+    pub decode_loop: DecodeLoop,
     /// Run every kernel alone and measure it.
     pub profile: bool,
     /// A request's tokens depend on nothing but itself.
@@ -45,6 +70,7 @@ impl Default for ExecutorOptions {
             pages: None,
             prefill_chunk: 512,
             graphs: true,
+            decode_loop: DecodeLoop::default(),
             profile: false,
             deterministic: false,
         }
@@ -160,13 +186,23 @@ pub struct Executor {
     activations: Activations,
     inputs: Inputs,
     /// By bucket; empty without graphs.
-    graphs: Vec<Graph>,
+    graphs: Vec<DecodeGraphs>,
+    decode_loop: DecodeLoop,
+    /// The last that was launched is a loop, whose steps may turn out fewer than those counted as in flight.
+    looping: bool,
     /// What `inputs.decode_slot` holds.
     decode_slots: [i32; MAX_DECODE_ROWS as usize],
     /// Tokens of each slot's sequence, those in flight included.
     lengths: Vec<u32>,
     in_flight: u32,
     profile: Option<BTreeMap<&'static str, KernelCost>>,
+}
+
+/// The decode steps of a bucket as recorded.
+struct DecodeGraphs {
+    one: Graph,
+    /// Of `DecodeLoop::steps`, or a loop.
+    many: Option<Graph>,
 }
 
 /// What the host says of a step, in device memory; [rows] i32 where nothing else is said.
@@ -230,30 +266,68 @@ impl Executor {
             cache,
             inputs,
             graphs: Vec::new(),
+            decode_loop: options.decode_loop,
+            looping: false,
             decode_slots: [0; MAX_DECODE_ROWS as usize],
             in_flight: 0,
             profile: options.profile.then(BTreeMap::new),
         };
         if options.graphs && !options.profile {
             for bucket in BUCKETS {
-                device.begin_capture()?;
-                for launch in executor.decode_launches(bucket, 0)? {
-                    device.launch(&launch)?;
-                }
-                executor.graphs.push(device.end_capture()?);
+                let graphs = executor.record(bucket)?;
+                executor.graphs.push(graphs);
             }
         }
         device.synchronize()?;
         Ok(executor)
     }
 
+    fn record(&self, bucket: u32) -> Result<DecodeGraphs> {
+        let step = self.decode_launches(bucket, 0)?;
+        let launch_all = || step.iter().try_for_each(|launch| self.device.launch(launch));
+        self.device.begin_capture()?;
+        launch_all()?;
+        let one = self.device.end_capture()?;
+        let many = match self.decode_loop {
+            DecodeLoop::Step => None,
+            DecodeLoop::Multi => {
+                self.device.begin_capture()?;
+                (0..self.decode_loop.steps()).try_for_each(|_| launch_all())?;
+                Some(self.device.end_capture()?)
+            }
+            DecodeLoop::Device => {
+                let condition = self.device.begin_loop()?;
+                launch_all()?;
+                let params = self.slots.sample_params();
+                self.device.launch(&ops::decode_loop(params, &self.inputs.decode_slot, bucket, condition))?;
+                Some(self.device.end_capture()?)
+            }
+        };
+        Ok(DecodeGraphs { one, many })
+    }
+
     pub fn plan(&self) -> &MemoryPlan {
         &self.plan
     }
 
-    /// Steps whose tokens have not been read yet.
+    /// Steps whose tokens have not been read yet; of a loop on the device, the most that it may do.
     pub fn in_flight(&self) -> u32 {
         self.in_flight
+    }
+
+    /// Most steps that a batch may ask for.
+    pub fn decode_steps(&self) -> u32 {
+        if self.graphs.is_empty() { 1 } else { self.decode_loop.steps() }
+    }
+
+    /// A loop runs on the device, or waits for its turn: until [`Executor::wait`] says that it is over, nothing is submitted.
+    pub fn is_looping(&self) -> bool {
+        self.looping
+    }
+
+    /// Asks the loop on the device to end after its next step.
+    pub fn break_in(&self) {
+        self.slots.run_for(0);
     }
 
     /// What each kernel has cost, when profiling.
@@ -272,7 +346,7 @@ impl Executor {
     /// # Errors
     /// The device failed.
     pub fn submit(&mut self, batch: &Batch) -> Result<()> {
-        assert!(self.in_flight < RING_STEPS, "the ring holds {RING_STEPS} steps");
+        assert!(!self.looping, "a loop on the device is not over yet");
         for &slot in &batch.releases {
             self.slots.release(slot)?;
         }
@@ -284,11 +358,12 @@ impl Executor {
         match &batch.work {
             Work::Nothing => Ok(()),
             Work::Prefill(chunks) => self.prefill(chunks),
-            Work::Decode(slots) => self.decode(slots),
+            Work::Decode { slots, steps } => self.decode(slots, *steps),
         }
     }
 
-    fn decode(&mut self, slots: &[u32]) -> Result<()> {
+    fn decode(&mut self, slots: &[u32], steps: u32) -> Result<()> {
+        assert!(self.in_flight + steps <= RING_STEPS, "the ring holds {RING_STEPS} steps");
         let index = BUCKETS.iter().position(|&b| slots.len() <= b as usize).expect("the scheduler knows the rows");
         let mut decode_slots = [0; MAX_DECODE_ROWS as usize];
         for (to, &slot) in decode_slots.iter_mut().zip(slots) {
@@ -299,17 +374,26 @@ impl Executor {
             self.decode_slots = decode_slots;
         }
         match self.graphs.get(index) {
-            Some(graph) => self.device.replay(graph)?,
+            Some(DecodeGraphs { many: Some(many), .. }) if many.repeats && steps > 1 => {
+                self.slots.run_for(self.in_flight + steps);
+                self.device.replay(many)?;
+                self.looping = true;
+            }
+            Some(DecodeGraphs { many: Some(many), .. }) if steps == self.decode_loop.steps() => {
+                self.device.replay(many)?;
+            }
+            Some(DecodeGraphs { one, .. }) => (0..steps).try_for_each(|_| self.device.replay(one))?,
             None => {
+                assert_eq!(steps, 1, "only recorded steps come in numbers");
                 let keys = slots.iter().map(|&s| self.lengths[s as usize] as u64).sum();
                 let launches = self.decode_launches(BUCKETS[index], keys)?;
                 self.launch(launches)?;
+                for &slot in slots {
+                    self.lengths[slot as usize] += 1;
+                }
             }
         }
-        for &slot in slots {
-            self.lengths[slot as usize] += 1;
-        }
-        self.in_flight += 1;
+        self.in_flight += steps;
         Ok(())
     }
 
@@ -385,24 +469,29 @@ impl Executor {
         Ok(())
     }
 
-    /// The tokens of the oldest step in flight; waits for it.
+    /// The tokens of the oldest step in flight; waits for it. None: the loop on the device is over, and all has been read.
     ///
     /// # Errors
     /// The device failed: its first error.
-    pub fn wait(&mut self) -> Result<Vec<TokenEvent>> {
-        assert!(self.in_flight > 0, "nothing to wait for");
+    pub fn wait(&mut self) -> Result<Option<Vec<TokenEvent>>> {
+        assert!(self.in_flight > 0 || self.looping, "nothing to wait for");
         // On a GPU a token is due in less time than it takes to go to sleep.
-        let spins = if self.device.is_host() { 0 } else { 20_000 };
+        let (spins, turns_per_query) = if self.device.is_host() { (0, 1) } else { (20_000, 64) };
         let mut turn = 0u64;
         loop {
             turn += 1;
             // Before the ring is read: what has finished has also published its tokens.
-            let finished = turn.is_multiple_of(64) && self.device.is_finished()?;
+            let finished = turn.is_multiple_of(turns_per_query) && self.device.is_finished()?;
             if let Some(events) = self.slots.pop() {
                 self.in_flight -= 1;
-                return Ok(events);
+                return Ok(Some(events));
             }
-            assert!(!finished, "all steps are done, and one has published nothing");
+            if finished {
+                assert!(self.looping, "all steps are done, and one has published nothing");
+                self.looping = false;
+                self.in_flight = 0;
+                return Ok(None);
+            }
             if turn < spins {
                 std::hint::spin_loop();
             } else {

@@ -119,6 +119,7 @@ kernels! {
     gemv_logits_m32: GemvParams, GEMV_THREADS;
     gemv_logits_m64: GemvParams, GEMV_THREADS;
     sample: SampleParams, SAMPLE_THREADS;
+    decode_loop: DecodeLoopParams, DECODE_LOOP_THREADS;
     random_normal: RandomParams, RANDOM_THREADS;
 }
 

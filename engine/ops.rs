@@ -588,6 +588,14 @@ pub fn sample(params: SampleParams, logits: &Buffer, row_slot: &Buffer, rows: u3
     }
 }
 
+/// Ends a pass of the loop on the device that `condition` belongs to ([`Device::begin_loop`]). `params`: of the `sample` before.
+pub fn decode_loop(params: SampleParams, row_slot: &Buffer, rows: u32, condition: u64) -> Launch {
+    let SampleParams { slots, ring, step, .. } = params;
+    let row_slot = row_slot.pointer::<i32>();
+    let params = DecodeLoopParams { slots, row_slot, ring, step, condition, rows: rows as i32, ..Default::default() };
+    Launch { pdl: true, ..kernels::DECODE_LOOP.launch([1, 1, 1], params) }
+}
+
 /// out [count] = random bf16 of mean 0; the same seed gives the same bits on every device.
 pub fn random(device: &Device, out: &Buffer, count: usize, seed: u64, deviation: f32) -> Launch {
     assert!(out.bytes() >= count * BF16 as usize);

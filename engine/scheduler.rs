@@ -27,6 +27,8 @@ pub struct Limits {
     /// Most prompt tokens in one step, and most while others wait to decode: the pause between their tokens.
     pub prefill_tokens: u32,
     pub prefill_beside_decode: u32,
+    /// Most decode steps in one batch.
+    pub decode_steps: u32,
     /// A sequence's tokens depend on nothing but itself. Decoding rounds otherwise than prefill, so nothing is preempted (a
     /// sequence begins when its longest form fits beside the others'), and pages are shared only where prefill made them.
     pub deterministic: bool,
@@ -415,12 +417,12 @@ impl Scheduler {
         Some(slot)
     }
 
-    /// One token for each that wants one, as far as there are rows and pages.
+    /// One token for each that wants one, as far as there are rows and pages; more where nothing can change in between.
     fn decode(&mut self, batch: &mut Batch) {
         let wants = |&&(_, slot): &&(Rank, u32)| self.seated(slot).wants_decode();
         let mut ready: Vec<(Rank, u32)> = self.order[..self.holders].iter().filter(wants).copied().collect();
-        let rows = self.limits.rows as usize;
-        if ready.len() > rows {
+        let (rows, wanting) = (self.limits.rows as usize, ready.len());
+        if wanting > rows {
             let served = ready.partition_point(|&(rank, _)| Some(rank) <= self.decoded_last);
             ready.rotate_left(served);
             ready.truncate(rows);
@@ -437,7 +439,43 @@ impl Scheduler {
             }
         }
         if !slots.is_empty() {
-            batch.work = Work::Decode(slots);
+            let steps = if slots.len() == wanting { self.prolong(&slots, batch) } else { 1 };
+            batch.work = Work::Decode { slots, steps };
+        }
+    }
+
+    /// Adds steps to a decode step, if nobody waits for anything and there are pages for all of them; tells how many it makes.
+    fn prolong(&mut self, slots: &[u32], batch: &mut Batch) -> u32 {
+        let busy = |&(_, slot): &(Rank, u32)| self.seated(slot).stage == Stage::Decode;
+        if self.limits.decode_steps == 1 || !self.waiting.is_empty() || !self.order.iter().all(busy) {
+            return 1;
+        }
+        let left = |&slot: &u32| self.seated(slot).most - self.seated(slot).launched;
+        let more = slots.iter().map(left).max().unwrap_or(0).min(self.limits.decode_steps - 1);
+        let tokens = |slot| self.seated(slot).cached() + more.min(left(&slot));
+        let demand: u32 =
+            slots.iter().map(|&s| self.blocks.pages_for(tokens(s)).saturating_sub(self.blocks.held(s))).sum();
+        if demand > self.blocks.available() {
+            return 1;
+        }
+        for &slot in slots {
+            let sequence = self.seats[slot as usize].as_mut().expect("it is in this step");
+            sequence.launched = sequence.most.min(sequence.launched + more);
+            self.blocks.grow(slot, sequence.cached(), &mut batch.pages);
+        }
+        1 + more
+    }
+
+    /// Whether steps in flight keep something waiting that could go on without them.
+    pub fn has_news(&self) -> bool {
+        !self.waiting.is_empty() || !self.releases.is_empty()
+    }
+
+    /// Takes note that no step is in flight: those whose tokens have not come were left out.
+    pub fn settle(&mut self) {
+        for &(_, slot) in &self.order {
+            let sequence = self.seats[slot as usize].as_mut().expect("who is in order is seated");
+            sequence.launched = sequence.received();
         }
     }
 
@@ -511,6 +549,7 @@ impl Scheduler {
             assert!(s.launched <= s.most, "more steps than tokens wanted");
             assert_eq!(s.hashes.len(), s.tokens.len() / self.limits.page_tokens as usize, "names of pages");
             assert_eq!(i < self.holders, s.stage != Stage::Out, "slot {slot} is preempted before another");
+            let held = self.blocks.held(slot);
             let tokens = match s.stage {
                 Stage::Prefill(done) => {
                     assert!((done as usize) < s.tokens.len(), "more prompt than there is");
@@ -520,7 +559,10 @@ impl Scheduler {
                 Stage::Decode => s.cached(),
                 Stage::Out => 0,
             };
-            assert_eq!(self.blocks.held(slot), self.blocks.pages_for(tokens), "pages of slot {slot}");
+            // More where steps that were left out would have needed them.
+            let left_out = s.stage == Stage::Decode && held <= self.blocks.pages_for(s.longest());
+            let needed = self.blocks.pages_for(tokens);
+            assert!(held == needed || held > needed && left_out, "pages of slot {slot}");
         }
         if self.limits.deterministic {
             assert!(self.promised() <= self.blocks.available(), "more is promised than there is");

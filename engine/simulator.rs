@@ -121,7 +121,8 @@ impl Simulator {
                 }
                 (chunks.iter().map(|c| c.tokens.len() as u64).sum(), chunks.iter().filter(|c| c.last).count() as u64)
             }
-            Work::Decode(slots) => {
+            Work::Decode { slots, steps } => {
+                assert_eq!(*steps, 1, "steps are simulated one by one");
                 for &slot in slots {
                     let seat = self.seat(slot);
                     if seat.active {

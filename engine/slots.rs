@@ -117,6 +117,11 @@ impl Slots {
         self.device.upload(&self.states, at, bytemuck::bytes_of(&0u32))
     }
 
+    /// Loops on the device end so many steps after those popped ([`Ring::run_for`]).
+    pub fn run_for(&self, steps: u32) {
+        self.ring.run_for(steps);
+    }
+
     /// The tokens of the next step in order, if it has completed.
     pub fn pop(&mut self) -> Option<Vec<TokenEvent>> {
         let records = self.ring.pop()?;

@@ -65,10 +65,27 @@ impl Runner {
         }
     }
 
-    fn wait(&mut self) -> Result<Vec<TokenEvent>> {
+    fn decode_steps(&self) -> u32 {
+        match self {
+            Runner::Executor(executor) => executor.decode_steps(),
+            Runner::Simulator(_) => 1,
+        }
+    }
+
+    fn is_looping(&self) -> bool {
+        matches!(self, Runner::Executor(executor) if executor.is_looping())
+    }
+
+    fn break_in(&self) {
+        if let Runner::Executor(executor) = self {
+            executor.break_in();
+        }
+    }
+
+    fn wait(&mut self) -> Result<Option<Vec<TokenEvent>>> {
         match self {
             Runner::Executor(executor) => executor.wait(),
-            Runner::Simulator(simulator) => Ok(simulator.wait()),
+            Runner::Simulator(simulator) => Ok(Some(simulator.wait())),
         }
     }
 }
@@ -133,6 +150,7 @@ impl Stepper {
             rows: runner.rows(),
             prefill_tokens: plan.prefill_chunk,
             prefill_beside_decode: plan.prefill_chunk.min(PREFILL_BESIDE_DECODE),
+            decode_steps: runner.decode_steps(),
             deterministic: options.deterministic,
         });
         Ok(Stepper { runner, scheduler, start: Instant::now(), host_work: HostWork::default() })
@@ -149,12 +167,16 @@ impl Stepper {
 
     /// False when it has ended by itself.
     pub fn cancel(&mut self, serial: u32) -> bool {
-        self.scheduler.cancel(serial)
+        let known = self.scheduler.cancel(serial);
+        self.break_in();
+        known
     }
 
     /// Whether [`Stepper::step`] would do nothing.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.waiting() + self.scheduler.running() == 0 && self.runner.in_flight() == 0
+        self.scheduler.waiting() + self.scheduler.running() == 0
+            && self.runner.in_flight() == 0
+            && !self.runner.is_looping()
     }
 
     /// Launches what can be launched, then waits for at least one step's tokens, if any are to come.
@@ -162,19 +184,35 @@ impl Stepper {
     /// # Errors
     /// The device failed.
     pub fn step(&mut self) -> Result<Vec<TokenEvent>> {
-        while self.runner.in_flight() < RUN_AHEAD {
-            let before = Instant::now();
-            let batch = self.scheduler.plan();
-            self.host_work.plan += before.elapsed();
-            let Some(batch) = batch else { break };
-            self.runner.submit(&batch)?;
-        }
-        let mut events = if self.runner.in_flight() > 0 { self.runner.wait()? } else { Vec::new() };
+        self.break_in();
+        let mut events = loop {
+            while self.runner.in_flight() < RUN_AHEAD && !self.runner.is_looping() {
+                let before = Instant::now();
+                let batch = self.scheduler.plan();
+                self.host_work.plan += before.elapsed();
+                let Some(batch) = batch else { break };
+                self.runner.submit(&batch)?;
+            }
+            if self.runner.in_flight() == 0 && !self.runner.is_looping() {
+                break Vec::new();
+            }
+            match self.runner.wait()? {
+                Some(events) => break events,
+                None => self.scheduler.settle(),
+            }
+        };
         let before = Instant::now();
         // Others ran past the end.
         events.retain(|event| self.scheduler.received(event));
         self.host_work.receive += before.elapsed();
         Ok(events)
+    }
+
+    /// Ends the loop on the device, if there is one and something has come up since it was launched.
+    fn break_in(&self) {
+        if self.runner.is_looping() && self.scheduler.has_news() {
+            self.runner.break_in();
+        }
     }
 
     /// Time since the start, as the device has it: a simulated one may only count it.

@@ -30,6 +30,7 @@ enum {
   ATTN_PREFILL_THREADS_D128 = 384,  // and two
   ATTN_DECODE_THREADS = 160,        // four compute warps and one that loads
   SAMPLE_THREADS = 512,
+  DECODE_LOOP_THREADS = 32,
   RANDOM_THREADS = 256,
 
   // Dynamic shared memory, bytes.
@@ -185,10 +186,13 @@ typedef struct TokenRecord {
   float top_logprobs[MAX_TOP_LOGPROBS];
 } TokenRecord;
 
-// The ring in mapped pinned host memory. The device writes records[head % RING_STEPS][0..rows), fences, and releases head.
+// The ring in mapped pinned host memory. The device writes records[head % RING_STEPS][0..rows), fences, and releases head. The
+// host writes `until` alone, before it launches a loop, and again to break in.
 typedef struct TokenRing {
   uint32_t head;  // steps completed since start-up (wraps)
-  uint32_t padding[31];
+  uint32_t head_padding[31];
+  uint32_t until;  // a loop on the device ends once head is there or past it (wraps)
+  uint32_t until_padding[31];
   uint32_t rows[RING_STEPS];  // rows of each step
   TokenRecord records[RING_STEPS][MAX_DECODE_ROWS];
 } TokenRing;
@@ -333,6 +337,16 @@ typedef struct SampleParams {
   int32_t rows, vocab;
 } SampleParams;
 
+// decode_loop: the last kernel of a decode step that is repeated on the device. Decides whether there is a next one.
+typedef struct DecodeLoopParams {
+  const SlotState* slots;   // [MAX_SLOTS]
+  const int32_t* row_slot;  // [rows]
+  const TokenRing* ring;    // mapped host memory
+  const uint32_t* step;     // [1] steps so far
+  uint64_t condition;       // of the loop: see graph_set_condition
+  int32_t rows;
+} DecodeLoopParams;
+
 // random_normal: bf16 from a normal-like distribution, mean 0, for dummy weights and benches.
 typedef struct RandomParams {
   uint16_t* out;  // [count]
@@ -396,6 +410,7 @@ KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_decode_d64, AttnDecodeParams)
 KERNEL_PROTOTYPE(attn_decode_d128, AttnDecodeParams)
 KERNEL_PROTOTYPE(sample, SampleParams)
+KERNEL_PROTOTYPE(decode_loop, DecodeLoopParams)
 KERNEL_PROTOTYPE(random_normal, RandomParams)
 // The functions of budget.cuh (kernels/simt/budget.cpp), for the test that holds them against a model.
 void simt_budget_before(Budget* b, const int32_t* pool, int32_t step[3]);  // forced, mask_end, mask_eos

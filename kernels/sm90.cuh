@@ -217,6 +217,11 @@ DEVICE void registers_decrease() {
 DEVICE void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void pdl_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// Whether the body of a conditional graph node runs again (CUDA programming guide, conditional graph nodes). Not PTX but a call
+// that the driver resolves when it loads the cubin, as it does vprintf's; so for a kernel of its own: beside wgmma, a call
+// serialises everything.
+DEVICE void graph_set_condition(uint64_t condition, bool again) { cudaGraphSetConditional(condition, again); }
+
 // ---- mbarrier (PTX 9.7.13.16) ----
 
 DEVICE void mbarrier_init(Barrier* b, uint32_t count) {

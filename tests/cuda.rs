@@ -5,7 +5,7 @@ use ponder::batch::{Batch, PrefillChunk, Work};
 use ponder::checkpoint::Checkpoint;
 use ponder::config::ModelConfig;
 use ponder::device::{AlignedWords, Device, DeviceChoice, Launch, TensorMapSpec};
-use ponder::executor::{BUCKETS, Executor, ExecutorOptions};
+use ponder::executor::{BUCKETS, DecodeLoop, Executor, ExecutorOptions};
 use ponder::kernels::params::{ROPE_THREADS, RopeParams};
 use ponder::kernels::{ALL, ROPE_APPEND_D64};
 use ponder::ops::GEMV_ROWS;
@@ -97,6 +97,13 @@ fn child() {
             device.replay(&graph).unwrap();
             device.replay(&graph).unwrap();
         }
+        "loop" => {
+            assert_eq!(device.begin_loop().unwrap(), 77);
+            device.launch(&rope()).unwrap();
+            let graph = device.end_capture().unwrap();
+            assert!(graph.repeats && graph.launches.len() == 1);
+            device.replay(&graph).unwrap();
+        }
         "failure" => {
             let first = device.launch(&Launch { grid: [0, 1, 1], ..rope() }).unwrap_err().to_string();
             assert_eq!(device.synchronize().unwrap_err().to_string(), first);
@@ -109,24 +116,96 @@ fn child() {
             assert_eq!(map.opaque, [0x0707_0707_0707_0707; 16]);
         }
         "model" => {
-            let mut executor = executor(&device);
+            let mut executor = executor(&device, DecodeLoop::Step);
             let chunk = PrefillChunk { slot: 1, tokens: vec![300; 20], position: 0, last: true };
             executor.submit(&Batch { work: Work::Prefill(vec![chunk]), ..Default::default() }).unwrap();
             for slots in [vec![1], vec![1, 2, 3]] {
-                executor.submit(&Batch { work: Work::Decode(slots), ..Default::default() }).unwrap();
+                executor.submit(&Batch { work: Work::Decode { slots, steps: 1 }, ..Default::default() }).unwrap();
             }
             assert_eq!(executor.in_flight(), 3);
+        }
+        "several" | "device loop" => {
+            let loops = scenario == "device loop";
+            let mut executor = executor(&device, if loops { DecodeLoop::Device } else { DecodeLoop::Multi });
+            let most = executor.decode_steps();
+            assert_eq!(most, if loops { 32 } else { 4 });
+            let mut submit = |steps, wait| {
+                executor.submit(&Batch { work: Work::Decode { slots: vec![1], steps }, ..Default::default() }).unwrap();
+                assert_eq!(executor.is_looping(), loops && steps > 1);
+                if wait && loops {
+                    // Nothing has run, and the stand-in says that all is over.
+                    executor.break_in();
+                    assert_eq!(executor.wait().unwrap(), None);
+                    assert!(!executor.is_looping() && executor.in_flight() == 0);
+                }
+            };
+            submit(1, false);
+            submit(most, true);
+            submit(3, true);
         }
         _ => unreachable!(),
     }
 }
 
-fn executor(device: &Device) -> Executor {
+fn executor(device: &Device, decode_loop: DecodeLoop) -> Executor {
     let folder = Path::new(crate::modulo::FOLDER);
     let config = ModelConfig::load(folder).unwrap();
     let traits = Tokenizer::load(folder, config.vocab_size).unwrap().traits();
     let checkpoint = Checkpoint::open(folder).unwrap();
-    Executor::new(device, &config, (&checkpoint).into(), &traits, &ExecutorOptions::default(), &mut |_, _| {}).unwrap()
+    let options = ExecutorOptions { decode_loop, ..Default::default() };
+    Executor::new(device, &config, (&checkpoint).into(), &traits, &options, &mut |_, _| {}).unwrap()
+}
+
+/// Several steps are what one step is, so often, each kernel with programmatic dependence on the one before; a loop's body is
+/// one step and the kernel that ends it. To the last byte of the params.
+#[test]
+fn loops_are_made_of_the_same_steps() {
+    let launches = |calls: &[String]| -> Vec<String> {
+        let launches = calls.iter().filter(|c| c.starts_with("launch ") && *c != "launch graph");
+        launches.inspect(|l| assert!(l.contains("attribute 6 = 1"), "{l}")).cloned().collect()
+    };
+    for scenario in ["several", "device loop"] {
+        let calls = run(scenario, &[("FAKE_FREE", "1000000000")]).0;
+        let mut captures = Vec::new();
+        let mut rest = &calls[..];
+        while let Some(begin) = rest.iter().position(|c| c.starts_with("begin capture")) {
+            let end = rest.iter().position(|c| c == "end capture").unwrap();
+            captures.push(launches(&rest[begin..end]));
+            rest = &rest[end + 1..];
+        }
+        assert_eq!(captures.len(), 2 * BUCKETS.len());
+        for (bucket, pair) in BUCKETS.iter().zip(captures.chunks(2)) {
+            let (one, many) = (&pair[0], &pair[1]);
+            assert!(one.len() > 8 && one.last().unwrap().starts_with("launch sample"));
+            if scenario == "several" {
+                assert_eq!(*many, vec![one.clone(); 4].concat(), "{bucket} rows");
+            } else {
+                let (last, step) = many.split_last().unwrap();
+                assert_eq!(step, one, "{bucket} rows");
+                assert!(last.starts_with("launch decode_loop grid 1 1 1 block 32 shared 0"), "{last}");
+            }
+        }
+        let replays: Vec<&str> = calls.iter().filter(|c| c.starts_with("launch graph")).map(|c| &c[..]).collect();
+        // One step, then as many as one launch has, then three: none of those is launched alone where there is a loop.
+        let wanted = if scenario == "several" { 1 + 1 + 3 } else { 1 + 1 + 1 };
+        assert_eq!(replays.len(), wanted, "{replays:?}");
+    }
+}
+
+#[test]
+fn a_loop_is_the_body_of_a_conditional_node() {
+    let calls = run("loop", &[]).0;
+    let from = calls.iter().position(|c| c == "create graph").unwrap();
+    let before = [
+        "create graph",
+        "create condition, at launch 1, flags 1",
+        "add conditional node, kind 1, 1 body, after 0 nodes",
+        "begin capture of the body after 0 nodes, mode 1",
+    ];
+    assert_eq!(calls[from..][..4], before);
+    assert!(calls[from + 4].starts_with("launch rope_append_d64"));
+    let after = ["end capture", "instantiate graph 0x7", "destroy graph 0x7", "upload graph", "launch graph"];
+    assert_eq!(calls[from + 5..][..5], after);
 }
 
 /// The launches of a model: decode steps are captured, one graph for each bucket, and only replayed from then on; a prefill is
@@ -225,7 +304,8 @@ fn a_step_is_captured_once_and_replayed() {
     let calls = run("graph", &[]).0;
     let from = calls.iter().position(|c| c == "begin capture, mode 1").unwrap();
     assert!(calls[from + 1].starts_with("launch rope_append_d64"));
-    let rest = ["end capture", "instantiate graph", "destroy graph", "upload graph", "launch graph", "launch graph"];
+    let rest =
+        ["end capture", "instantiate graph 0x5", "destroy graph 0x5", "upload graph", "launch graph", "launch graph"];
     assert_eq!(calls[from + 2..][..6], rest);
     assert_eq!(calls[from + 8..], ["destroy executable graph", "destroy stream"]);
 }

@@ -92,15 +92,17 @@ impl Runner {
             let batch = Batch { admissions, pages, work: Work::Prefill(vec![chunk]), ..Default::default() };
             self.executor.submit(&batch).unwrap();
         }
-        let event = self.executor.wait().unwrap().remove(0);
+        let event = self.executor.wait().unwrap().expect("a step").remove(0);
         (event, self.executor.logits(1).unwrap())
     }
 
     /// The token after those `length` tokens of the sequence.
     fn decode(&mut self, length: u32) -> (TokenEvent, Vec<f32>) {
         let pages = self.pages(length);
-        self.executor.submit(&Batch { pages, work: Work::Decode(vec![1]), ..Default::default() }).unwrap();
-        let event = self.executor.wait().unwrap().remove(0);
+        self.executor
+            .submit(&Batch { pages, work: Work::Decode { slots: vec![1], steps: 1 }, ..Default::default() })
+            .unwrap();
+        let event = self.executor.wait().unwrap().expect("a step").remove(0);
         (event, self.executor.logits(1).unwrap())
     }
 }

@@ -15,6 +15,7 @@ const LIMITS: Limits = Limits {
     rows: 4,
     prefill_tokens: 24,
     prefill_beside_decode: 13,
+    decode_steps: 1,
     deterministic: false,
 };
 
@@ -113,6 +114,11 @@ impl Device {
     }
 
     fn run(&mut self, batch: &Batch) {
+        self.run_steps(batch, u32::MAX);
+    }
+
+    /// Of several decode steps the first so many.
+    fn run_steps(&mut self, batch: &Batch, most: u32) {
         let limits = self.limits;
         for setup in &batch.admissions {
             assert!(setup.slot > 0 && setup.slot < limits.slots);
@@ -133,7 +139,6 @@ impl Device {
         for copy in &batch.copies {
             self.pages[copy.to as usize] = self.pages[copy.from as usize].clone();
         }
-        let mut events = Vec::new();
         match &batch.work {
             Work::Nothing => assert!(!batch.releases.is_empty(), "a batch without a purpose"),
             Work::Prefill(chunks) => {
@@ -141,28 +146,39 @@ impl Device {
                 assert!(chunks.iter().map(|c| c.tokens.len() as u32).sum::<u32>() <= limits.prefill_tokens);
                 // As the kernels do: what all rows append, then what they read.
                 chunks.iter().for_each(|chunk| self.append(chunk));
+                let mut events = Vec::new();
                 for chunk in chunks {
                     let end = chunk.position + chunk.tokens.len() as u32;
                     let history = self.read(chunk.slot, end);
                     assert_eq!(chunk.last, end == self.seats[&chunk.slot].tokens.len() as u32);
                     events.extend(chunk.last.then(|| self.sample(chunk.slot, history)).flatten());
                 }
+                self.in_flight.push_back(events);
             }
-            Work::Decode(slots) => {
+            Work::Decode { slots, steps } => {
                 assert!(!slots.is_empty() && slots.len() as u32 <= limits.rows);
-                for (i, &slot) in slots.iter().enumerate() {
-                    assert!(!slots[..i].contains(&slot), "slot {slot} twice in a step");
-                    let seat = &self.seats[&slot];
-                    if seat.active {
-                        let (position, token) = (seat.tokens.len() as u32 - 1, *seat.tokens.last().unwrap());
-                        self.append(&PrefillChunk { slot, tokens: vec![token], position, last: true });
-                        let history = self.read(slot, position + 1);
-                        events.extend(self.sample(slot, history));
-                    }
+                assert!(*steps > 0 && *steps <= limits.decode_steps);
+                for _ in 0..most.min(*steps) {
+                    let events = self.decode(slots);
+                    self.in_flight.push_back(events);
                 }
             }
         }
-        self.in_flight.push_back(events);
+    }
+
+    fn decode(&mut self, slots: &[u32]) -> Vec<TokenEvent> {
+        let mut events = Vec::new();
+        for (i, &slot) in slots.iter().enumerate() {
+            assert!(!slots[..i].contains(&slot), "slot {slot} twice in a step");
+            let seat = &self.seats[&slot];
+            if seat.active {
+                let (position, token) = (seat.tokens.len() as u32 - 1, *seat.tokens.last().unwrap());
+                self.append(&PrefillChunk { slot, tokens: vec![token], position, last: true });
+                let history = self.read(slot, position + 1);
+                events.extend(self.sample(slot, history));
+            }
+        }
+        events
     }
 
     fn append(&mut self, chunk: &PrefillChunk) {
@@ -229,17 +245,21 @@ struct Outcome {
     cancelled: u32,
     late: u32,
     copies: u32,
+    /// Decode steps beyond the first of a batch, and those that were left out.
+    more_steps: u32,
+    left_out: u32,
     counters: Counters,
 }
 
-fn random_operations(limits: Limits, operations: u32, seed: u64) -> Outcome {
+/// `loops`: of several decode steps in one batch some may be left out, as where the host breaks in.
+fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) -> Outcome {
     let mut scheduler = Scheduler::new(limits);
     let mut device = Device::new(limits);
     let mut random = Random(seed);
     // What is expected of open sequences, and what has come of it.
     let mut open: BTreeMap<u32, (SlotSetup, Vec<u32>)> = BTreeMap::new();
     let mut outcome = Outcome::default();
-    let mut serial = 0;
+    let (mut serial, mut looping) = (0, false);
     let receive = |scheduler: &mut Scheduler, open: &mut BTreeMap<u32, (SlotSetup, Vec<u32>)>, event: &TokenEvent| {
         let live = open.get_mut(&event.serial);
         assert_eq!(scheduler.received(event), live.is_some(), "tokens of ended sequences are late");
@@ -279,10 +299,15 @@ fn random_operations(limits: Limits, operations: u32, seed: u64) -> Outcome {
                 open.remove(&victim);
                 outcome.cancelled += 1;
             }
-            2..6 if device.in_flight.len() < 4 => {
+            2..6 if device.in_flight.len() < 4 && !looping => {
                 if let Some(batch) = scheduler.plan() {
                     outcome.copies += batch.copies.len() as u32;
-                    device.run(&batch);
+                    let steps = if let Work::Decode { steps, .. } = batch.work { steps } else { 1 };
+                    looping = loops && steps > 1;
+                    let made = if looping { 1 + random.below(steps) } else { steps };
+                    outcome.more_steps += steps - 1;
+                    outcome.left_out += steps - made;
+                    device.run_steps(&batch, made);
                 }
             }
             _ => {
@@ -292,6 +317,10 @@ fn random_operations(limits: Limits, operations: u32, seed: u64) -> Outcome {
                         None => outcome.late += 1,
                     }
                 }
+                if looping && device.in_flight.is_empty() {
+                    scheduler.settle();
+                    looping = false;
+                }
             }
         }
         scheduler.check();
@@ -299,6 +328,10 @@ fn random_operations(limits: Limits, operations: u32, seed: u64) -> Outcome {
     }
 
     // Whatever is open comes to its end: nothing is stuck.
+    for event in device.in_flight.drain(..).flatten() {
+        receive(&mut scheduler, &mut open, &event);
+    }
+    scheduler.settle();
     while !open.is_empty() {
         let batch = scheduler.plan();
         assert!(batch.is_some() || !device.in_flight.is_empty(), "stuck: {:?}", open.keys());
@@ -316,8 +349,8 @@ fn random_operations(limits: Limits, operations: u32, seed: u64) -> Outcome {
 /// With too few pages for all who have a seat.
 #[test]
 fn random_operations_keep_the_books() {
-    let outcome = random_operations(LIMITS, 1_000_000, 1);
-    let Outcome { ended, cancelled, late, copies, counters } = outcome;
+    let outcome = random_operations(LIMITS, false, 1_000_000, 1);
+    let Outcome { ended, cancelled, late, copies, counters, .. } = outcome;
     assert!(ended > 5000 && cancelled > 1000 && late > 1000 && copies > 300, "{outcome:?}");
     assert!(counters.preemptions > 1000 && counters.found_tokens * 10 > counters.prefilled_tokens, "{outcome:?}");
 }
@@ -326,16 +359,76 @@ fn random_operations_keep_the_books() {
 #[test]
 fn random_operations_with_many_rows() {
     let limits = Limits { slots: 33, pages: 70, rows: 32, prefill_tokens: 64, prefill_beside_decode: 64, ..LIMITS };
-    let outcome = random_operations(limits, 150_000, 2);
+    let outcome = random_operations(limits, false, 150_000, 2);
     assert!(outcome.counters.preemptions > 300, "{outcome:?}");
 }
 
 /// Nothing is preempted where a sequence's tokens are to depend on nothing but itself.
 #[test]
 fn random_operations_deterministic() {
-    let outcome = random_operations(Limits { deterministic: true, ..LIMITS }, 150_000, 3);
+    let outcome = random_operations(Limits { deterministic: true, ..LIMITS }, false, 150_000, 3);
     assert!(outcome.ended > 1000 && outcome.counters.preemptions == 0 && outcome.copies > 50, "{outcome:?}");
     assert!(outcome.counters.found_tokens > 10_000, "{outcome:?}");
+}
+
+/// Several steps at a time, and loops that end early.
+#[test]
+fn random_operations_with_many_steps() {
+    // A seat and a row for everybody, or somebody would always wait; pages are short now and then.
+    let limits = Limits {
+        slots: 25,
+        pages: 85,
+        rows: 24,
+        prefill_tokens: 200,
+        prefill_beside_decode: 200,
+        decode_steps: 13,
+        ..LIMITS
+    };
+    for (limits, loops, seed) in
+        [(limits, false, 5), (limits, true, 6), (Limits { deterministic: true, pages: 250, ..limits }, true, 7)]
+    {
+        let outcome = random_operations(limits, loops, 150_000, seed);
+        assert!(outcome.ended > 1000 && outcome.cancelled > 100, "{outcome:?}");
+        assert!(outcome.more_steps > 2000 && loops == (outcome.left_out > 500), "{outcome:?}");
+        assert!(limits.deterministic || outcome.counters.preemptions > 50, "{outcome:?}");
+    }
+}
+
+/// Steps come in numbers only while nothing else could be done in between, and where all their pages are there.
+#[test]
+fn several_steps_only_where_nothing_waits() {
+    let mut scheduler = Scheduler::new(Limits { decode_steps: 5, ..LIMITS });
+    let next = |scheduler: &mut Scheduler| {
+        let batch = scheduler.plan()?;
+        scheduler.check();
+        Some(if let Work::Decode { slots, steps } = batch.work { (slots.len(), steps) } else { (0, 0) })
+    };
+    (1..=2).for_each(|s| scheduler.submit(own(s, 5, 7 * s)));
+    // The first token comes from the prompt; the shorter one ends within the second batch.
+    assert_eq!([(); 4].map(|()| next(&mut scheduler)), [(0, 0), (2, 5), (2, 5), (1, 3)].map(Some));
+    assert_eq!(next(&mut scheduler), None, "all is launched");
+    // More prompts than there are seats for: from now on somebody always waits.
+    (3..=9).for_each(|s| scheduler.submit(own(s, 2, 20)));
+    assert_eq!([(); 4].map(|()| next(&mut scheduler)), [(0, 0), (4, 1), (0, 0), (4, 1)].map(Some));
+}
+
+#[test]
+fn steps_that_were_left_out_are_made_up_for() {
+    let limits = Limits { decode_steps: 20, ..LIMITS };
+    let (mut scheduler, mut device) = (Scheduler::new(limits), Device::new(limits));
+    scheduler.submit(own(1, 5, 12));
+    let mut steps = Vec::new();
+    while let Some(batch) = scheduler.plan() {
+        if let Work::Decode { steps: planned, .. } = batch.work {
+            steps.push(planned);
+        }
+        device.run_steps(&batch, 3);
+        assert!(device.in_flight.drain(..).flatten().all(|event| scheduler.received(&event)));
+        scheduler.settle();
+        scheduler.check();
+    }
+    assert_eq!(steps, [11, 8, 5, 2], "the first of 12 tokens comes from the prompt");
+    assert_eq!(scheduler.running(), 0);
 }
 
 /// The same calls give the same batches.
@@ -360,7 +453,7 @@ fn everybody_has_a_turn() {
     while let Some(batch) = scheduler.plan() {
         match batch.work {
             Work::Prefill(_) => kinds.push('p'),
-            Work::Decode(slots) => {
+            Work::Decode { slots, .. } => {
                 kinds.push('d');
                 slots.iter().for_each(|s| *steps.entry(*s).or_insert(0) += 1);
             }

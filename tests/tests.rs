@@ -7,6 +7,7 @@ mod budget;
 mod cli;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod decode_loop;
 mod devices;
 mod engine;
 mod layout;

@@ -84,6 +84,7 @@ fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> 
         pages: Some(rows * (length.div_ceil(PAGE_TOKENS) + 1)),
         graphs: !args.model.no_graphs,
         prefill_chunk: args.model.prefill_chunk,
+        decode_loop: super::decode_loop(&args.model),
         ..ExecutorOptions::default()
     };
     let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;
@@ -108,6 +109,7 @@ fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> 
     report.args = Some(json!({
         "model": args.model.path,
         "load_format": args.model.load_format.name(),
+        "decode_loop": args.model.decode_loop.name(),
         what: requests,
         "input_tokens": args.input_tokens,
         "output_tokens": args.output_tokens,

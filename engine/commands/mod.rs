@@ -9,11 +9,11 @@ mod output;
 mod profile;
 
 use crate::Result;
-use crate::args::{Args, Command, LoadFormat, ModelArgs, SourceArgs};
+use crate::args::{Args, Command, DecodeLoopKind, LoadFormat, ModelArgs, SourceArgs};
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceChoice};
 use crate::engine::Engine;
-use crate::executor::ExecutorOptions;
+use crate::executor::{DecodeLoop, ExecutorOptions};
 use crate::frontend::Frontend;
 use crate::model::Weights;
 use crate::telemetry::Telemetry;
@@ -71,8 +71,17 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
         pages: args.kv_pages,
         graphs: !args.source.no_graphs,
         prefill_chunk: args.source.prefill_chunk,
+        decode_loop: decode_loop(&args.source),
         deterministic: args.deterministic,
         ..default
+    }
+}
+
+fn decode_loop(args: &SourceArgs) -> DecodeLoop {
+    match args.decode_loop {
+        DecodeLoopKind::Step => DecodeLoop::Step,
+        DecodeLoopKind::Multi => DecodeLoop::Multi,
+        DecodeLoopKind::Device => DecodeLoop::Device,
     }
 }
 

@@ -4,7 +4,7 @@
 //! graph would record. An error is final: all later calls repeat it, and nothing falls back to the host target.
 //! Must not know what any kernel computes.
 
-use super::{KernelEntry, Launch, TensorMapSpec};
+use super::{Graph, KernelEntry, Launch, TensorMapSpec};
 use crate::kernels::{self, params::TensorMap};
 use crate::{Error, Result};
 use cudarc::driver::{result, sys};
@@ -21,9 +21,15 @@ pub struct CudaDevice {
     functions: HashMap<&'static CStr, sys::CUfunction>,
     /// Address handed out -> address to free: the driver aligns to 256 bytes, we to 1024.
     allocations: Mutex<HashMap<u64, u64>>,
-    /// What has been launched since `begin_capture`.
-    capture: Mutex<Option<Vec<Launch>>>,
+    capture: Mutex<Option<Capture>>,
     failure: OnceLock<(&'static str, String)>,
+}
+
+/// Between `begin_capture` or `begin_loop` and `end_capture`.
+struct Capture {
+    launches: Vec<Launch>,
+    /// Of a loop: the graph with the conditional node whose body is captured.
+    around: Option<sys::CUgraph>,
 }
 
 // SAFETY: the driver API may be called from any thread that has made the context current, which every method does first;
@@ -47,6 +53,9 @@ impl Drop for GraphExec {
 
 /// The driver that nvcc 13.0 compiles for, as cuDriverGetVersion counts; NVIDIA calls it 580.
 const DRIVER_VERSION: i32 = 13000;
+
+/// Only the thread that captures is kept from calls that cannot be captured.
+const CAPTURE_MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
 
 /// Whether [`CudaDevice::open`] would find GPU 0 usable.
 pub fn available() -> bool {
@@ -235,29 +244,70 @@ impl CudaDevice {
 
     pub fn launch(&self, launch: &Launch) -> Result<()> {
         self.enter()?;
-        if let Some(launches) = self.capture.lock().unwrap().as_mut() {
-            launches.push(launch.clone());
+        if let Some(capture) = self.capture.lock().unwrap().as_mut() {
+            capture.launches.push(launch.clone());
         }
         self.enqueue(launch, launch.pdl)
     }
 
-    /// While capturing, only the thread that captures is kept from calls that cannot be captured.
     pub fn begin_capture(&self) -> Result<()> {
         self.enter()?;
         let mut capture = self.capture.lock().unwrap();
         assert!(capture.is_none(), "one capture at a time");
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: our stream.
-        self.check("cuStreamBeginCapture", unsafe { result::stream::begin_capture(self.stream, mode) })?;
-        *capture = Some(Vec::new());
+        self.check("cuStreamBeginCapture", unsafe { result::stream::begin_capture(self.stream, CAPTURE_MODE) })?;
+        *capture = Some(Capture { launches: Vec::new(), around: None });
         Ok(())
     }
 
-    pub fn end_capture(&self) -> Result<(Vec<Launch>, Option<GraphExec>)> {
+    /// A graph of one conditional node; its body is what is captured. The first pass always runs.
+    pub fn begin_loop(&self) -> Result<u64> {
         self.enter()?;
-        let launches = self.capture.lock().unwrap().take().expect("a capture has begun");
+        let mut capture = self.capture.lock().unwrap();
+        assert!(capture.is_none(), "one capture at a time");
+        let (mut graph, mut condition) = (std::ptr::null_mut(), 0);
+        // SAFETY: writes one handle.
+        self.check("cuGraphCreate", unsafe { sys::cuGraphCreate(&mut graph, 0).result() })?;
+        // SAFETY: a graph and a context of ours; writes one handle, which lives as long as the graph and its instances.
+        self.check("cuGraphConditionalHandleCreate", unsafe {
+            let assign = sys::CU_GRAPH_COND_ASSIGN_DEFAULT;
+            sys::cuGraphConditionalHandleCreate(&mut condition, graph, self.context, 1, assign).result()
+        })?;
+        let mut params = sys::CUgraphNodeParams {
+            type_: sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_CONDITIONAL,
+            reserved0: [0; 3],
+            __bindgen_anon_1: sys::CUgraphNodeParams_st__bindgen_ty_1 { reserved1: [0; 29] },
+            reserved2: 0,
+        };
+        params.__bindgen_anon_1.conditional = sys::CUDA_CONDITIONAL_NODE_PARAMS {
+            handle: condition,
+            type_: sys::CUgraphConditionalNodeType::CU_GRAPH_COND_TYPE_WHILE,
+            size: 1,
+            phGraph_out: std::ptr::null_mut(),
+            ctx: self.context,
+        };
+        let (mut node, none) = (std::ptr::null_mut(), std::ptr::null());
+        // SAFETY: the graph and the handle made above; a node without predecessors. The driver points phGraph_out to the one
+        // body that it has made.
+        let body = unsafe {
+            let added = sys::cuGraphAddNode_v2(&mut node, graph, none, std::ptr::null(), 0, &mut params).result();
+            added.map(|()| *params.__bindgen_anon_1.conditional.phGraph_out)
+        };
+        let body = self.check("cuGraphAddNode", body)?;
+        // SAFETY: our stream; the body belongs to `graph` and is empty.
+        self.check("cuStreamBeginCaptureToGraph", unsafe {
+            sys::cuStreamBeginCaptureToGraph(self.stream, body, none, std::ptr::null(), 0, CAPTURE_MODE).result()
+        })?;
+        *capture = Some(Capture { launches: Vec::new(), around: Some(graph) });
+        Ok(condition)
+    }
+
+    pub fn end_capture(&self) -> Result<Graph> {
+        self.enter()?;
+        let Capture { launches, around } = self.capture.lock().unwrap().take().expect("a capture has begun");
         // SAFETY: our stream, which is capturing.
-        let graph = self.check("cuStreamEndCapture", unsafe { result::stream::end_capture(self.stream) })?;
+        let captured = self.check("cuStreamEndCapture", unsafe { result::stream::end_capture(self.stream) })?;
+        let graph = around.unwrap_or(captured);
         let mut exec = std::ptr::null_mut();
         // SAFETY: `graph` is a graph that nothing else knows; the instance does not need it any more.
         let made = unsafe {
@@ -268,7 +318,7 @@ impl CudaDevice {
         let exec = GraphExec(exec);
         // SAFETY: instantiated above. Uploading it now keeps that out of the first replay.
         self.check("cuGraphUpload", unsafe { result::graph::upload(exec.0, self.stream) })?;
-        Ok((launches, Some(exec)))
+        Ok(Graph { launches, repeats: around.is_some(), executable: Some(exec) })
     }
 
     pub fn replay(&self, graph: &GraphExec) -> Result<()> {

@@ -1,11 +1,12 @@
 //! The host target: launches run on the SIMT machine (kernels/simt). A thread of its own takes work off a queue in order, so
 //! that enqueueing returns at once, as on a GPU. Must not know what any kernel computes.
 
-use super::{KernelEntry, Launch, TensorMapSpec, cuda};
+use super::{Graph, KernelEntry, Launch, TensorMapSpec};
 use crate::kernels::params::TensorMap;
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_void};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 /// kernels/simt/simt.h in Rust.
@@ -53,13 +54,16 @@ pub struct HostDevice {
     options: HostOptions,
     queue: Arc<Queue>,
     thread: Option<std::thread::JoinHandle<()>>,
-    capture: Mutex<Option<Vec<Launch>>>,
+    /// What has been launched since the capture began, and whether it is a loop.
+    capture: Mutex<Option<(Vec<Launch>, bool)>>,
 }
 
 #[derive(Default)]
 struct Queue {
     state: Mutex<QueueState>,
     changed: Condvar,
+    /// Where the last kernel of a loop says whether there is another pass. The stream runs one loop at a time.
+    condition: AtomicU32,
 }
 
 #[derive(Default)]
@@ -80,6 +84,7 @@ impl Queue {
 
 enum Work {
     Launch(Launch),
+    Repeat(Vec<Launch>),
     Upload(u64, Box<[u8]>),
     Fill(u64, usize, u8),
     Copy(u64, u64, usize),
@@ -164,7 +169,7 @@ impl HostDevice {
     }
 
     pub fn launch(&self, launch: &Launch) -> Result<()> {
-        if let Some(recorded) = self.capture.lock().unwrap().as_mut() {
+        if let Some((recorded, _)) = self.capture.lock().unwrap().as_mut() {
             recorded.push(launch.clone());
             return Ok(());
         }
@@ -172,14 +177,24 @@ impl HostDevice {
     }
 
     pub fn begin_capture(&self) -> Result<()> {
-        let before = self.capture.lock().unwrap().replace(Vec::new());
+        let before = self.capture.lock().unwrap().replace((Vec::new(), false));
         assert!(before.is_none(), "already capturing");
         Ok(())
     }
 
-    pub fn end_capture(&self) -> Result<(Vec<Launch>, Option<cuda::GraphExec>)> {
-        let recorded = self.capture.lock().unwrap().take().expect("capturing");
-        Ok((recorded, None))
+    pub fn begin_loop(&self) -> Result<u64> {
+        self.begin_capture()?;
+        self.capture.lock().unwrap().as_mut().expect("capturing").1 = true;
+        Ok(self.queue.condition.as_ptr() as u64)
+    }
+
+    pub fn end_capture(&self) -> Result<Graph> {
+        let (launches, repeats) = self.capture.lock().unwrap().take().expect("capturing");
+        Ok(Graph { launches, repeats, executable: None })
+    }
+
+    pub fn repeat(&self, launches: &[Launch]) -> Result<()> {
+        self.push(Work::Repeat(launches.to_vec()))
     }
 
     pub fn synchronize(&self) -> Result<()> {
@@ -282,7 +297,7 @@ fn stream(queue: &Queue, options: HostOptions) {
         };
         state.busy = true;
         drop(state);
-        let result = perform(work, queue.id(), options);
+        let result = perform(work, queue, options);
         state = queue.state.lock().unwrap();
         state.busy = false;
         if let Err(problem) = result {
@@ -295,7 +310,8 @@ fn stream(queue: &Queue, options: HostOptions) {
     }
 }
 
-fn perform(work: Work, stream: u64, options: HostOptions) -> std::result::Result<(), String> {
+fn perform(work: Work, queue: &Queue, options: HostOptions) -> std::result::Result<(), String> {
+    let stream = queue.id();
     match work {
         // SAFETY: the range lies in a live allocation: checked on enqueueing, and `free` waits for the queue.
         Work::Upload(address, data) => unsafe {
@@ -308,6 +324,18 @@ fn perform(work: Work, stream: u64, options: HostOptions) -> std::result::Result
             std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes)
         },
         Work::Launch(launch) => return run(&launch, stream, options),
+        Work::Repeat(launches) => {
+            const UNSET: u32 = u32::MAX;
+            let mut again = 1;
+            while again != 0 {
+                queue.condition.store(UNSET, Ordering::Relaxed);
+                launches.iter().try_for_each(|launch| run(launch, stream, options))?;
+                again = queue.condition.load(Ordering::Acquire);
+                if again == UNSET {
+                    return Err("a loop without a kernel that ends it".into());
+                }
+            }
+        }
     }
     Ok(())
 }

@@ -106,6 +106,8 @@ unsafe impl Send for Pinned {}
 /// A recorded list of launches.
 pub struct Graph {
     pub launches: Vec<Launch>,
+    /// They are repeated until one of them ends it ([`Device::begin_loop`]).
+    pub repeats: bool,
     executable: Option<cuda::GraphExec>,
 }
 
@@ -240,14 +242,20 @@ impl Device {
         on!(self, d => d.begin_capture())
     }
 
-    pub fn end_capture(&self) -> Result<Graph> {
-        let (launches, executable) = on!(self, d => d.end_capture())?;
-        Ok(Graph { launches, executable })
+    /// Like [`Device::begin_capture`]; but what is recorded will be repeated on the device, as long as its last kernel says so
+    /// each time of what this returns (graph_set_condition in kernels/sm90.cuh).
+    pub fn begin_loop(&self) -> Result<u64> {
+        on!(self, d => d.begin_loop())
     }
 
-    /// Enqueues all launches of a graph.
+    pub fn end_capture(&self) -> Result<Graph> {
+        on!(self, d => d.end_capture())
+    }
+
+    /// Enqueues all launches of a graph; its repetitions, too, wait for nobody.
     pub fn replay(&self, graph: &Graph) -> Result<()> {
         match &*self.0 {
+            Target::Host(d) if graph.repeats => d.repeat(&graph.launches),
             Target::Host(d) => graph.launches.iter().try_for_each(|l| d.launch(l)),
             Target::Cuda(d) => d.replay(graph.executable.as_ref().expect("captured on this device")),
             Target::Simulated(_) => unreachable!("nothing is captured on a simulated device"),

@@ -26,6 +26,14 @@ impl Ring {
         self.memory.pointer()
     }
 
+    /// Loops on the device end so many steps after those that have been read; at once, if that is none.
+    pub fn run_for(&self, steps: u32) {
+        assert!(steps <= RING_STEPS, "the ring holds {RING_STEPS} steps");
+        // SAFETY: in the ring's memory, aligned; the device reads it as one 32-bit word.
+        let until = unsafe { &*self.memory.host().add(offset_of!(TokenRing, until)).cast::<AtomicU32>() };
+        until.store(self.tail.wrapping_add(steps), Ordering::Release);
+    }
+
     /// The records of the next step, if it has completed. At most RING_STEPS steps may be in flight.
     pub fn pop(&mut self) -> Option<Vec<TokenRecord>> {
         let base = self.memory.host();

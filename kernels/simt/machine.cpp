@@ -640,6 +640,11 @@ void pdl_wait() {
 }
 void pdl_launch_dependents() {}
 
+// A word of the host, which looks at it when the launch is over.
+void graph_set_condition(uint64_t condition, bool again) {
+  __atomic_store_n((uint32_t*)condition, (uint32_t)again, __ATOMIC_RELEASE);
+}
+
 // ---- warp collectives ----
 
 enum Collective { kShuffle = 1, kVote, kWarpSync, kElect, kLoadMatrix, kStoreMatrix, kMma };
@@ -776,6 +781,12 @@ uint32_t load_acquire(const uint32_t* p) {
   const uint32_t value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
   if (worker->checked) acquire_flag(p, false);
   return value;
+}
+
+// Of a word that the host alone writes: for the launches a plain read.
+uint32_t load_acquire_system(const uint32_t* p) {
+  if (worker->checked) access(p, 4, kRead);
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
 void store_release(uint32_t* p, uint32_t v) {

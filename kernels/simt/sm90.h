@@ -27,6 +27,7 @@ void* cluster_map(void* p, uint32_t rank);
 void set_registers(int count, bool increase);
 void pdl_wait();
 void pdl_launch_dependents();
+void graph_set_condition(uint64_t condition, bool again);
 
 uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last, bool relaxed = false);
 uint32_t atomic_add(uint32_t* p, uint32_t v);
@@ -35,6 +36,7 @@ uint32_t atomic_max(uint32_t* p, uint32_t v);
 uint32_t atomic_min(uint32_t* p, uint32_t v);
 void fence();
 uint32_t load_acquire(const uint32_t* p);
+uint32_t load_acquire_system(const uint32_t* p);
 void store_release(uint32_t* p, uint32_t v);
 
 void barrier_init(Barrier* b, uint32_t count);
@@ -117,7 +119,7 @@ DEVICE void fence_device() { simt::fence(); }
 DEVICE void fence_system() { simt::fence(); }
 DEVICE uint32_t load_acquire(const uint32_t* p) { return simt::load_acquire(p); }
 DEVICE void store_release(uint32_t* p, uint32_t v) { simt::store_release(p, v); }
-DEVICE uint32_t load_acquire_system(const uint32_t* p) { return simt::load_acquire(p); }
+DEVICE uint32_t load_acquire_system(const uint32_t* p) { return simt::load_acquire_system(p); }
 DEVICE void store_release_system(uint32_t* p, uint32_t v) { simt::store_release(p, v); }
 DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t last) { return simt::atomic_inc_wrap(counter, last); }
 DEVICE uint32_t atomic_increment(uint32_t* counter, uint32_t last) {
@@ -190,6 +192,7 @@ DEVICE void registers_decrease() {
 }
 DEVICE void pdl_wait() { simt::pdl_wait(); }
 DEVICE void pdl_launch_dependents() { simt::pdl_launch_dependents(); }
+DEVICE void graph_set_condition(uint64_t condition, bool again) { simt::graph_set_condition(condition, again); }
 
 // ---- mbarrier ----
 

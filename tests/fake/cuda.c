@@ -108,16 +108,40 @@ Result cuLaunchKernelEx(const Config* c, struct Kernel* k, void** params, void**
 Result cuStreamCreate(void** stream, unsigned flags) { return *stream = (void*)3, SUCCESS; }
 Result cuStreamDestroy_v2(void* stream) { return LOG("destroy stream"), SUCCESS; }
 Result cuStreamSynchronize(void* stream) { return LOG("synchronize"), SUCCESS; }
+Result cuStreamQuery(void* stream) { return SUCCESS; }
 Result cuEventCreate(void** event, unsigned flags) { return *event = (void*)4, SUCCESS; }
 Result cuEventRecord(void* event, void* stream) { return LOG("record event"), SUCCESS; }
 Result cuEventElapsedTime_v2(float* ms, void* start, void* end) { return *ms = 2.5f, SUCCESS; }
 Result cuEventDestroy_v2(void* event) { return LOG("destroy event"), SUCCESS; }
 Result cuStreamBeginCapture_v2(void* stream, int mode) { return LOG("begin capture, mode %d", mode), SUCCESS; }
 Result cuStreamEndCapture(void* stream, void** graph) { return *graph = (void*)5, LOG("end capture"), SUCCESS; }
-Result cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long flags) {
-  return *exec = (void*)6, LOG("instantiate graph"), SUCCESS;
+Result cuGraphCreate(void** graph, unsigned flags) { return *graph = (void*)7, LOG("create graph"), SUCCESS; }
+Result cuGraphConditionalHandleCreate(uint64_t* handle, void* graph, void* context, unsigned value, unsigned flags) {
+  if (graph != (void*)7 || context != (void*)1) return INVALID_VALUE;
+  return *handle = 77, LOG("create condition, at launch %u, flags %u", value, flags), SUCCESS;
 }
-Result cuGraphDestroy(void* graph) { return LOG("destroy graph"), SUCCESS; }
+typedef struct {
+  int type, reserved[3];
+  uint64_t handle;
+  int kind;
+  unsigned size;
+  void** bodies;
+  void* context;
+} ConditionalNode;
+Result cuGraphAddNode_v2(void** node, void* graph, void** before, void* edges, size_t count, ConditionalNode* p) {
+  static void* body = (void*)8;
+  if (graph != (void*)7 || p->type != 13 || p->handle != 77 || p->context != (void*)1) return INVALID_VALUE;
+  *node = (void*)9, p->bodies = &body;
+  return LOG("add conditional node, kind %d, %u body, after %zu nodes", p->kind, p->size, count), SUCCESS;
+}
+Result cuStreamBeginCaptureToGraph(void* stream, void* graph, void** before, void* edges, size_t count, int mode) {
+  if (graph != (void*)8) return INVALID_VALUE;
+  return LOG("begin capture of the body after %zu nodes, mode %d", count, mode), SUCCESS;
+}
+Result cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long flags) {
+  return *exec = (void*)6, LOG("instantiate graph %p", graph), SUCCESS;
+}
+Result cuGraphDestroy(void* graph) { return LOG("destroy graph %p", graph), SUCCESS; }
 Result cuGraphExecDestroy(void* exec) { return LOG("destroy executable graph"), SUCCESS; }
 Result cuGraphUpload(void* exec, void* stream) { return LOG("upload graph"), SUCCESS; }
 Result cuGraphLaunch(void* exec, void* stream) { return LOG("launch graph"), SUCCESS; }
