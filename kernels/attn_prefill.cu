@@ -16,6 +16,22 @@
 // exponential and room for three consumers, which together keep both the tensor cores and the special function units
 // busy.
 //
+// What one tile of keys costs a consumer, counted in the machine code, in clocks of a quarter of an SM (one warp):
+//
+//                         d64    d128
+//   tensor cores          512    1024   2 * 64 * 128 * head_dim multiply-adds at 2048 a clock and SM
+//   exponentials          528     528   66 a lane at 16 a clock and SM
+//   instructions          422     465   one a clock; a masked tile 148 more
+//   consumers               3       2   a round takes the longest sum: 1584 (exponentials) and 2048 (tensor cores)
+//
+// So heads of 128 should keep the tensor cores busy but for the ends of items, about 1500 clocks each; heads of 64 are
+// bound by exponentials and products at once, and any wait shows.
+//
+// Why a counter deals the items: of the ideal time for one prompt of 2k, 4k and 8k tokens (32 over 8 heads of 128, 132
+// blocks, simulated) the longest-first list takes 1.19, 1.12 and 1.06 when dealt out in turn, 1.03, 1.00 and 1.00 there
+// and back again (snake order), and 1.03, 1.01 and 1.00 when drawn. A ragged batch of five (40 over 8 heads) takes 1.60,
+// 1.45 and 1.15.
+//
 // Masking: only tiles that reach beyond the warpgroup's first query are masked. The keys behind a sequence's end are
 // masked by causality; the values there must be finite (P is 0): pools are zeroed at the start and only ever hold what
 // rope_append wrote. Rows of Q behind the tile's tokens compute something that nobody stores.

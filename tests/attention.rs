@@ -373,9 +373,25 @@ fn prefill_of_chunks_that_start_anywhere() {
 
 #[test]
 fn prefill_of_every_group() {
-    for group in [1, 2, 4, 7, 8, 16] {
+    for group in 1..=16 {
         check_prefill(64, 1, group, &[(130, 20), (0, 3)], 2);
         check_prefill(128, 1, group, &[(50, 19)], 2);
+    }
+}
+
+/// Several tiles and KV heads to a block, more blocks than work, chunks at, before and behind the edges of pages.
+#[test]
+fn prefill_of_ragged_batches() {
+    for seed in 1..=6 {
+        let mut random = Random(seed);
+        let mut chunk = |_| {
+            let position = 64 * random.below(4) as usize + [0, 1, 37, 63][random.below(4) as usize];
+            (position, [1, 2, 31, 64, 65, 90][random.below(6) as usize])
+        };
+        let chunks: Vec<(usize, usize)> = (0..2 + seed as usize % 4).map(&mut chunk).collect();
+        let head_dim = if seed % 2 == 0 { 64 } else { 128 };
+        let (kv, group) = (1 + random.below(3) as usize, 1 + random.below(8) as usize);
+        check_prefill(head_dim, kv, group, &chunks, 1 << random.below(6));
     }
 }
 
@@ -383,6 +399,7 @@ fn prefill_of_every_group() {
 fn prefill_over_long_contexts() {
     check_prefill(64, 1, 4, &[(4970, 30)], 1);
     check_prefill(128, 1, 8, &[(2040, 17), (1000, 5)], 2);
+    check_prefill(128, 1, 5, &[(4983, 17)], 1);
 }
 
 /// Both round the probabilities to bf16, relative to different maxima: they differ by no more than each from the truth.
