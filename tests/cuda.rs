@@ -245,7 +245,8 @@ fn a_model_is_captured_at_the_start_and_replayed() {
 fn kernels_are_loaded_at_the_start() {
     let (calls, error) = run("open", &[]);
     assert_eq!(error, None);
-    for kernel in ALL {
+    // That of a loop waits for the first one.
+    for kernel in ALL.iter().filter(|k| k.name.to_bytes() != b"decode_loop") {
         let name = kernel.name.to_str().unwrap();
         // All the shared memory of an SM but the kernel's static kilobyte.
         assert!(calls.contains(&format!("{name} attribute 8 = 231424")), "{calls:?}");

@@ -19,6 +19,9 @@ pub struct CudaDevice {
     context: sys::CUcontext,
     stream: sys::CUstream,
     functions: HashMap<&'static CStr, sys::CUfunction>,
+    /// [`LOOP`], loaded by the first loop.
+    loop_function: OnceLock<sys::CUfunction>,
+    shared_bytes: i32,
     /// Address handed out -> address to free: the driver aligns to 256 bytes, we to 1024.
     allocations: Mutex<HashMap<u64, u64>>,
     capture: Mutex<Option<Capture>>,
@@ -118,18 +121,21 @@ impl CudaDevice {
         driver("cuCtxSetCurrent", unsafe { result::ctx::set_current(context) })?;
         let stream = driver("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
         let shared = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let mut modules = Vec::new();
-        for (_, cubin) in kernels::CUBINS {
-            // SAFETY: a whole cubin as nvcc wrote it, which the driver copies.
-            modules.push(driver("cuModuleLoadData", unsafe { result::module::load_data(cubin.as_ptr().cast()) })?);
-        }
+        let others = kernels::CUBINS.iter().filter(|(name, _)| *name != LOOP);
+        let modules = others.map(|(_, cubin)| load_module(cubin)).collect::<Result<Vec<_>>>()?;
         let load = |kernel: &&'static KernelEntry| Ok((kernel.name, load_kernel(kernel, &modules, shared)?));
         Ok(CudaDevice {
             ordinal,
             device,
             context,
             stream,
-            functions: kernels::ALL.iter().map(load).collect::<Result<_>>()?,
+            functions: kernels::ALL
+                .iter()
+                .filter(|k| k.name.to_bytes() != LOOP.as_bytes())
+                .map(load)
+                .collect::<Result<_>>()?,
+            loop_function: OnceLock::new(),
+            shared_bytes: shared,
             allocations: Mutex::default(),
             capture: Mutex::default(),
             failure: OnceLock::new(),
@@ -265,6 +271,11 @@ impl CudaDevice {
         self.enter()?;
         let mut capture = self.capture.lock().unwrap();
         assert!(capture.is_none(), "one capture at a time");
+        if self.loop_function.get().is_none() {
+            let (_, cubin) = kernels::CUBINS.iter().find(|(name, _)| *name == LOOP).expect("built with kernels");
+            let entry = kernels::ALL.iter().find(|k| k.name.to_bytes() == LOOP.as_bytes()).expect("it is in the table");
+            let _ = self.loop_function.set(load_kernel(entry, &[load_module(cubin)?], self.shared_bytes)?);
+        }
         let (mut graph, mut condition) = (std::ptr::null_mut(), 0);
         // SAFETY: writes one handle.
         self.check("cuGraphCreate", unsafe { sys::cuGraphCreate(&mut graph, 0).result() })?;
@@ -420,7 +431,8 @@ impl CudaDevice {
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
         };
-        let function = self.functions[launch.kernel.name];
+        let of_loop = || *self.loop_function.get().expect("a loop has begun before");
+        let function = self.functions.get(launch.kernel.name).copied().unwrap_or_else(of_loop);
         let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: the kernel takes one parameter of the size of its params struct (checked in `load_kernel`), which
         // `Kernel::launch` wrote to `launch.params`; the driver copies it before it returns.
@@ -466,6 +478,15 @@ impl Drop for CudaDevice {
             let _ = unsafe { result::stream::destroy(self.stream) };
         }
     }
+}
+
+/// The kernel, and its cubin, that calls what only the driver defines (graph_set_condition of sm90.cuh): a driver that does
+/// not must not keep the others from running.
+const LOOP: &str = "decode_loop";
+
+fn load_module(cubin: &[u8]) -> Result<sys::CUmodule> {
+    // SAFETY: a whole cubin as nvcc wrote it, which the driver copies.
+    driver("cuModuleLoadData", unsafe { result::module::load_data(cubin.as_ptr().cast()) })
 }
 
 /// Finds a kernel and compares it with params.h as it was when the Rust side was compiled; lets it use all shared memory;
