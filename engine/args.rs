@@ -23,6 +23,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talk to the model. Ctrl-C stops an answer, Ctrl-D ends.
     Chat(ChatArgs),
+    /// Serve the model over HTTP, as OpenAI's and Anthropic's clients ask for it.
+    Serve(ServeArgs),
     /// Answer a file of requests, one JSON object a line; going on where an earlier run has ended.
     Batch(BatchArgs),
     /// Show what a model needs: memory plan, kernels with their resources, device.
@@ -70,6 +72,46 @@ pub struct ChatArgs {
     pub system: Option<String>,
     #[command(flatten)]
     pub request: RequestArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Group)]
+pub struct ServeArgs {
+    /// Where to listen; by default nobody but this machine can ask.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", env = "PONDER_HOST")]
+    pub host: String,
+    /// 0: any free one.
+    #[arg(long, value_name = "PORT", default_value_t = 8000, env = "PONDER_PORT")]
+    pub port: u16,
+    /// What clients must send as a bearer token; better by the environment, where others cannot see it.
+    #[arg(long, value_name = "KEY", env = "PONDER_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// What clients call the model [default: the name of its folder].
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Answers waiting and being made; more requests are sent away with 429.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_answers: u32,
+    /// Connections; more wait.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..1 << 20))]
+    pub max_connections: u32,
+    /// Largest body of a request.
+    #[arg(long, value_name = "BYTES", default_value_t = 8 << 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_body: u32,
+    /// Longest time for an answer.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
+    pub request_timeout: u64,
+    /// How long requests may go on after SIGTERM.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub shutdown_timeout: u64,
+    /// What reasoning_effort means: the most thinking tokens, or unlimited. Repeatable [default: none=0 minimal=256 low=1024
+    /// medium=8192 high=32768 xhigh=unlimited max=unlimited].
+    #[arg(long, value_name = "NAME=TOKENS", value_parser = parse_effort)]
+    pub reasoning_effort: Vec<(String, Option<u32>)>,
+    /// Write the log as JSON.
+    #[arg(long)]
+    pub log_json: bool,
     #[command(flatten)]
     pub model: ModelArgs,
 }
@@ -467,6 +509,15 @@ pub struct SamplingArgs {
     /// Go on after the model's end of sequence.
     #[arg(long)]
     pub ignore_eos: bool,
+}
+
+/// None: unlimited.
+fn parse_effort(text: &str) -> Result<(String, Option<u32>), String> {
+    let entry = text.split_once('=').filter(|(name, _)| !name.is_empty()).and_then(|(name, budget)| {
+        let budget = if budget == "unlimited" { None } else { Some(budget.parse().ok()?) };
+        Some((name.into(), budget))
+    });
+    entry.ok_or_else(|| "write NAME=TOKENS, like medium=4096, or NAME=unlimited".into())
 }
 
 fn parse_bias(text: &str) -> Result<(u32, f32), String> {

@@ -5,6 +5,7 @@ use crate::{Error, Result};
 use minijinja::{Environment, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -102,6 +103,11 @@ impl ChatTemplate {
         contained(|| environment.add_template_owned("chat", source).map_err(|e| explain(&e)))
             .map_err(|problem| Error::model(path, format!("the chat template does not parse: {problem}")))?;
         Ok(ChatTemplate { environment, path: path.into(), bos_token, eos_token })
+    }
+
+    /// Names that it reads and does not set itself.
+    pub fn variables(&self) -> HashSet<String> {
+        self.environment.get_template("chat").expect("added in parse").undeclared_variables(false)
     }
 
     /// The prompt for these messages; with `add_generation_prompt` it ends where the model's answer begins. `extra` variables

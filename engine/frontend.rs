@@ -10,6 +10,8 @@ use crate::sequence::Transcript;
 use crate::thinking::{Delimiters, ThinkingChoice};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 pub struct Frontend {
@@ -65,18 +67,32 @@ impl Frontend {
         Ok(Frontend { folder: folder.into(), config, tokenizer, template: None, delimiters: None })
     }
 
-    /// The prompt that asks for an answer to these messages, thinking opened where the model expects that.
+    /// Names that the chat template reads and does not set itself.
+    pub fn template_variables(&self) -> HashSet<String> {
+        self.template.as_ref().map(ChatTemplate::variables).unwrap_or_default()
+    }
+
+    /// [`Frontend::encode_chat_with`] nothing else.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.encode_chat_with(messages, &Map::new())
+    }
+
+    /// The prompt that asks for an answer to these messages, thinking opened where the model expects that. `variables`: what the
+    /// template is told beside them.
     ///
     /// # Errors
     /// A model without a chat template, or one that does not take these messages.
-    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+    pub fn encode_chat_with(&self, messages: &[Message], variables: &Map<String, Value>) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
             return Err(Error::model(
                 &self.folder,
                 "the model has no chat template: give the prompt as it is, with --raw",
             ));
         };
-        let mut ids = self.tokenizer.encode(&template.render(messages, true, &serde_json::Map::new())?)?;
+        let mut ids = self.tokenizer.encode(&template.render(messages, true, variables)?)?;
         ids.extend(self.delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));
         Ok(ids)
     }

@@ -24,6 +24,7 @@ pub mod ops;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod server;
 pub mod service;
 pub mod simulator;
 pub mod slots;

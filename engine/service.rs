@@ -1,7 +1,7 @@
 //! An engine on threads of its own, for requests from many others: each gets a stream of updates.
 //!
 //! One thread plans and runs steps and does nothing else; a second one turns tokens into text, looks for stop strings and feeds
-//! the streams; prompts are judged and encoded by whoever brings them. So the device does not wait for text, and a slow reader
+//! the sinks; prompts are judged and encoded by whoever brings them. So the device does not wait for text, and a slow reader
 //! holds up nobody: what it has not read yet waits in its stream.
 
 use crate::batch::TokenEvent;
@@ -16,15 +16,26 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 pub struct Service {
     frontend: Arc<Frontend>,
     context: u32,
     next_serial: AtomicU32,
-    stats: Arc<Mutex<Stats>>,
+    progress: Arc<Mutex<Progress>>,
     commands: Sender<Command>,
     texts: Sender<Message>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// Where the updates of one request go, in order. It must not wait. Dropped without an end, no update will follow: the engine has
+/// failed.
+pub type Sink = Box<dyn FnMut(Result<Update>) + Send>;
+
+/// As of the last step.
+struct Progress {
+    stats: Stats,
+    at: Instant,
 }
 
 /// To the thread that runs steps.
@@ -36,19 +47,24 @@ enum Command {
 
 /// To the thread that makes text.
 enum Message {
-    Open(RequestId, Box<Transcript>, Sender<Result<Update>>),
+    Open(RequestId, Box<Transcript>, Sink),
     Tokens(Vec<TokenEvent>),
     Cancel(RequestId),
     /// No step will follow; why, if not because the service is dropped.
     Stopped(Option<String>),
 }
 
-/// The updates of one request, in order; the last one says why it ended. Dropped before that, it cancels the request.
-pub struct Stream {
+/// A request under way. Dropped, it cancels the request if that has not ended.
+pub struct Ticket {
     id: RequestId,
-    updates: Receiver<Result<Update>>,
     commands: Sender<Command>,
     texts: Sender<Message>,
+}
+
+/// The updates of one request, in order; the last one says why it ended. Dropped before that, it cancels the request.
+pub struct Stream {
+    ticket: Ticket,
+    updates: Receiver<Result<Update>>,
     ended: bool,
 }
 
@@ -58,19 +74,19 @@ impl Service {
         assert!(engine.is_idle(), "requests of before would have no stream");
         let Engine { frontend, stepper, .. } = engine;
         let context = stepper.context();
-        let stats = Arc::new(Mutex::new(stepper.stats()));
+        let progress = Arc::new(Mutex::new(Progress { stats: stepper.stats(), at: Instant::now() }));
         let (commands, command) = channel();
         let (texts, message) = channel();
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(run).expect("a thread can be had")
         };
         let (to_texts, to_steps) = (texts.clone(), commands.clone());
-        let (shared_stats, text) = (stats.clone(), Texts::new(frontend.clone()));
+        let (shared, text) = (progress.clone(), Texts::new(frontend.clone()));
         let threads = vec![
-            spawn("ponder-steps", Box::new(move || run_steps(stepper, &command, to_texts, &shared_stats))),
+            spawn("ponder-steps", Box::new(move || run_steps(stepper, &command, to_texts, &shared))),
             spawn("ponder-text", Box::new(move || make_text(text, &message, &to_steps))),
         ];
-        Service { frontend, context, next_serial: AtomicU32::new(0), stats, commands, texts, threads }
+        Service { frontend, context, next_serial: AtomicU32::new(0), progress, commands, texts, threads }
     }
 
     pub fn frontend(&self) -> &Frontend {
@@ -85,7 +101,7 @@ impl Service {
     /// # Errors
     /// A request that can never be served.
     pub fn submit(&self, request: &Request) -> Result<Stream> {
-        self.submit_as(request, None)
+        self.stream(request, None)
     }
 
     /// Another answer to the prompt of `parent`, which is computed once while that one runs. Seeds should differ.
@@ -93,22 +109,42 @@ impl Service {
     /// # Errors
     /// As [`Service::submit`].
     pub fn fork(&self, parent: RequestId, request: &Request) -> Result<Stream> {
-        self.submit_as(request, Some(parent))
+        self.stream(request, Some(parent))
     }
 
-    fn submit_as(&self, request: &Request, fork_of: Option<RequestId>) -> Result<Stream> {
+    fn stream(&self, request: &Request, fork_of: Option<RequestId>) -> Result<Stream> {
+        let (sender, updates) = channel();
+        // A reader that has gone has cancelled its request.
+        let ticket = self.submit_to(request, fork_of, Box::new(move |update| drop(sender.send(update))))?;
+        Ok(Stream { ticket, updates, ended: false })
+    }
+
+    /// As [`Service::submit`] or, of a parent, [`Service::fork`], for those who do not wait in a thread: `sink` is called for each
+    /// update.
+    ///
+    /// # Errors
+    /// As [`Service::submit`].
+    pub fn submit_to(&self, request: &Request, fork_of: Option<RequestId>, sink: Sink) -> Result<Ticket> {
         let id = RequestId(self.next_serial.fetch_add(1, Ordering::Relaxed));
         let (submission, transcript) = accept(&self.frontend, request, id, fork_of, self.context)?;
-        let (sender, updates) = channel();
-        // Where a thread has ended the stream ends, too: its sender is gone, or goes with the message.
-        let _ = self.texts.send(Message::Open(id, Box::new(transcript), sender));
+        // Where a thread has ended the sink is dropped: at once, or with the message.
+        let _ = self.texts.send(Message::Open(id, Box::new(transcript), sink));
         let _ = self.commands.send(Command::Submit(Box::new(submission)));
-        Ok(Stream { id, updates, commands: self.commands.clone(), texts: self.texts.clone(), ended: false })
+        Ok(Ticket { id, commands: self.commands.clone(), texts: self.texts.clone() })
     }
 
     /// As of the last step.
     pub fn stats(&self) -> Stats {
-        *self.stats.lock().expect("nobody panics with it")
+        self.progress.lock().expect("nobody panics with it").stats
+    }
+
+    /// How long there has been work without a step that was done.
+    pub fn stalled(&self) -> Duration {
+        let progress = self.progress.lock().expect("nobody panics with it");
+        match progress.stats.waiting + progress.stats.running {
+            0 => Duration::ZERO,
+            _ => progress.at.elapsed(),
+        }
     }
 }
 
@@ -123,15 +159,32 @@ impl Drop for Service {
     }
 }
 
-impl Stream {
+impl Ticket {
     pub fn id(&self) -> RequestId {
         self.id
     }
 
-    /// Ends the request soon; its last update says so, or that it has ended by itself.
+    /// Ends the request soon; its last update says so, or that it has ended by itself. After its end nothing happens.
     pub fn cancel(&self) {
         let _ = self.commands.send(Command::Cancel(self.id));
         let _ = self.texts.send(Message::Cancel(self.id));
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+impl Stream {
+    pub fn id(&self) -> RequestId {
+        self.ticket.id
+    }
+
+    /// Ends the request soon; its last update says so, or that it has ended by itself.
+    pub fn cancel(&self) {
+        self.ticket.cancel();
     }
 }
 
@@ -150,14 +203,6 @@ impl Iterator for Stream {
     }
 }
 
-impl Drop for Stream {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.cancel();
-        }
-    }
-}
-
 /// Tells the other thread when this one ends, by a panic as well.
 struct Farewell {
     texts: Sender<Message>,
@@ -170,7 +215,7 @@ impl Drop for Farewell {
     }
 }
 
-fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<Message>, stats: &Mutex<Stats>) {
+fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<Message>, progress: &Mutex<Progress>) {
     let mut farewell = Farewell { texts, problem: Some("it has panicked".into()) };
     loop {
         // Without work there is nothing to do but to wait for some.
@@ -188,27 +233,27 @@ fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<M
                 }
             },
         }
-        *stats.lock().expect("nobody panics with it") = stepper.stats();
+        *progress.lock().expect("nobody panics with it") = Progress { stats: stepper.stats(), at: Instant::now() };
     }
     farewell.problem = None;
 }
 
 fn make_text(mut texts: Texts, messages: &Receiver<Message>, commands: &Sender<Command>) {
-    let mut streams: HashMap<RequestId, Sender<Result<Update>>> = HashMap::new();
+    let mut sinks: HashMap<RequestId, Sink> = HashMap::new();
     for message in messages {
         let (events, cancelled) = match message {
-            Message::Open(id, transcript, sender) => {
+            Message::Open(id, transcript, sink) => {
                 texts.open(id, *transcript);
-                streams.insert(id, sender);
+                sinks.insert(id, sink);
                 continue;
             }
             Message::Stopped(problem) => {
-                for (id, sender) in streams {
+                for (id, mut sink) in sinks {
                     let update = match &problem {
                         Some(problem) => Err(Error::Device(format!("the engine has stopped: {problem}"))),
-                        None => Ok(texts.cancel(id).expect("a stream belongs to an open request")),
+                        None => Ok(texts.cancel(id).expect("a sink belongs to an open request")),
                     };
-                    let _ = sender.send(update);
+                    sink(update);
                 }
                 return;
             }
@@ -223,10 +268,9 @@ fn make_text(mut texts: Texts, messages: &Receiver<Message>, commands: &Sender<C
                 let _ = commands.send(Command::Cancel(id));
             }
             let ended = update.finish.is_some();
-            // A reader that has gone has cancelled its request.
-            let _ = streams[&id].send(Ok(update));
+            sinks.get_mut(&id).expect("a sink belongs to an open request")(Ok(update));
             if ended {
-                streams.remove(&id);
+                sinks.remove(&id);
             }
         }
     }

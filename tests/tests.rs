@@ -26,6 +26,7 @@ mod sampler;
 mod scheduler;
 mod scripts;
 mod sequence;
+mod server;
 mod service;
 mod simt;
 mod simulator;

@@ -7,6 +7,7 @@ mod generate;
 mod inspect;
 mod output;
 mod profile;
+mod serve;
 
 use crate::Result;
 use crate::args::{Args, Command, DecodeLoopKind, LoadFormat, ModelArgs, SourceArgs};
@@ -23,6 +24,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Batch(args) => batch::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -1,0 +1,119 @@
+//! A request in no dialect: what to generate, under way, and its events. All dialects parse into [`GenerationRequest`] and render
+//! from [`Generation`]; what all of them share (limits, counting, cancelling when the client goes) is here.
+
+use super::ServerState;
+use super::errors::{ApiError, ApiResult};
+use crate::Result;
+use crate::engine::Update;
+use crate::frontend::Request;
+use crate::service::Ticket;
+use axum::http::StatusCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// Prompts of one request; answers to each of them.
+pub const MAX_PROMPTS: usize = 64;
+pub const MAX_ANSWERS: u32 = 128;
+
+pub struct GenerationRequest {
+    pub prompts: Vec<Vec<u32>>,
+    /// Answers to each prompt.
+    pub n: u32,
+    /// Everything but the prompt.
+    pub request: Request,
+    pub stream: bool,
+    /// Field names that nobody knows.
+    pub unknown: Vec<String>,
+}
+
+/// What has become of choice `choice`: prompt `choice / n`, its answer `choice % n`.
+pub struct Event {
+    pub choice: usize,
+    pub update: Update,
+}
+
+/// A request under way. Dropped, as with the connection of a client that has gone, it cancels what has not ended.
+pub struct Generation {
+    state: Arc<ServerState>,
+    updates: UnboundedReceiver<(usize, Result<Update>)>,
+    /// Of the choices without an end.
+    tickets: Vec<Option<Ticket>>,
+    open: usize,
+    choices: u32,
+}
+
+impl Generation {
+    /// # Errors
+    /// What the engine refuses, and everything at a time when there is too much to do already.
+    pub fn start(state: &Arc<ServerState>, wanted: &GenerationRequest) -> ApiResult<Generation> {
+        state.note_unknown(&wanted.unknown);
+        let choices = wanted.prompts.len() as u32 * wanted.n;
+        let admit = |open: u32| open.checked_add(choices).filter(|&open| open <= state.settings.max_answers);
+        if choices > state.settings.max_answers {
+            let most = state.settings.max_answers;
+            return Err(ApiError::field(
+                "n",
+                format!("{choices} answers are more than this server makes at a time, {most}"),
+            ));
+        }
+        if state.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit).is_err() {
+            let message =
+                format!("{} answers are waiting or being made: try again later", state.open.load(Ordering::Relaxed));
+            return Err(ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message) });
+        }
+        let (sender, updates) = unbounded_channel();
+        let mut generation =
+            Generation { state: state.clone(), updates, tickets: Vec::new(), open: choices as usize, choices };
+        let seed = wanted.request.sampling.seed.unwrap_or_else(|| state.random_seed());
+        let mut request = wanted.request.clone();
+        for prompt in &wanted.prompts {
+            request.prompt.clone_from(prompt);
+            let mut parent = None;
+            for answer in 0..wanted.n {
+                request.sampling.seed = Some(seed.wrapping_add(u64::from(answer)));
+                let (sender, choice) = (sender.clone(), generation.tickets.len());
+                // Whoever has gone has cancelled.
+                let sink = Box::new(move |update| drop(sender.send((choice, update))));
+                let ticket = state.service.submit_to(&request, parent, sink)?;
+                parent = parent.or(Some(ticket.id()));
+                generation.tickets.push(Some(ticket));
+            }
+        }
+        Ok(generation)
+    }
+
+    /// The next event; None after the end of all choices.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<ApiResult<Event>>> {
+        if self.open == 0 {
+            return Poll::Ready(None);
+        }
+        let Poll::Ready(next) = self.updates.poll_recv(context) else { return Poll::Pending };
+        // Without a sender, or with an error: no step will follow.
+        let Some((choice, Ok(update))) = next else {
+            self.state.engine_has_failed();
+            self.open = 0;
+            return Poll::Ready(Some(Err(ApiError::engine_failed())));
+        };
+        if update.finish.is_some() {
+            self.tickets[choice] = None;
+            self.open -= 1;
+        }
+        Poll::Ready(Some(Ok(Event { choice, update })))
+    }
+
+    pub fn choices(&self) -> usize {
+        self.choices as usize
+    }
+
+    pub async fn next(&mut self) -> Option<ApiResult<Event>> {
+        std::future::poll_fn(|context| self.poll_next(context)).await
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.state.open.fetch_sub(self.choices, Ordering::Relaxed);
+    }
+}
