@@ -25,7 +25,9 @@ fn bindings() -> Result<()> {
     struct PlainData;
     impl bindgen::callbacks::ParseCallbacks for PlainData {
         fn add_derives(&self, info: &bindgen::callbacks::DeriveInfo<'_>) -> Vec<String> {
-            let holds_pointers = info.name.ends_with("Params") || info.name.starts_with("Simt") || info.name == "Rope";
+            let holds_pointers = info.name.ends_with("Params")
+                || info.name.starts_with("Simt")
+                || ["Rope", "Prefetch"].contains(&info.name);
             if holds_pointers { Vec::new() } else { vec!["bytemuck::Pod".into(), "bytemuck::Zeroable".into()] }
         }
     }

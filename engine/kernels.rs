@@ -145,6 +145,7 @@ pub mod planted {
         divergent_shuffle: PlantedParams, PLANTED_THREADS;
         divergent_sync_threads: PlantedParams, PLANTED_THREADS;
         partial_setmaxnreg: PlantedParams, PLANTED_THREADS;
+        launch_dependents_before_pdl_wait: PlantedParams, PLANTED_THREADS;
         read_before_pdl_wait: PlantedParams, PLANTED_THREADS;
         early_exit: PlantedParams, PLANTED_THREADS;
         lost_arrive: PlantedParams, PLANTED_THREADS;

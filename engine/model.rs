@@ -212,7 +212,7 @@ impl Model {
             launches.extend([
                 ops::rms_norm(&a.residual, &self.final_norm, last, n, &a.normed),
                 ops::gemv(device, Input::Plain(&a.normed), &self.head, n, Output::Logits(&a.logits), &a.workspace)?,
-                ops::sample(slots.sample_params(), &a.logits, step.last_slots, n),
+                ops::sample(slots.sample_params(), &a.logits, step.last_slots, n, None),
             ]);
         }
         Ok(launches)
@@ -244,7 +244,7 @@ impl Model {
                 ]),
             }
             launches.extend([
-                ops::attn_decode(&a.q, heads, rows, keys, &pages, &a.attention, &a.workspace),
+                ops::attn_decode(&a.q, heads, rows, keys, &pages, &a.attention, Some(&layer.o), &a.workspace),
                 gemv(Input::Plain(&a.attention), &layer.o, Output::Residual(&a.residual))?,
                 gemv(Input::Normed(&a.residual, &layer.post_norm), &layer.gate_up, Output::Silu(&a.mlp))?,
                 gemv(Input::Plain(&a.mlp), &layer.down, Output::Residual(&a.residual))?,
@@ -253,7 +253,7 @@ impl Model {
         launches.extend([
             ops::rms_norm(&a.residual, &self.final_norm, None, n, &a.normed),
             gemv(Input::Plain(&a.normed), &self.head, Output::Logits(&a.logits))?,
-            ops::sample(slots.sample_params(), &a.logits, rows.slot, n),
+            ops::sample(slots.sample_params(), &a.logits, rows.slot, n, self.layers.first().map(|l| &l.qkv)),
         ]);
         Ok(launches)
     }

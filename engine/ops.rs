@@ -16,6 +16,9 @@ const SPLIT_BYTES: usize = 64 << 20;
 /// Neighbours in the residual stream whose squares are summed together.
 const SQUARES: usize = 64;
 const BF16: u64 = 2;
+/// What attention and the sampler read ahead into L2, of 50 MB: what HBM gives while they wait for latencies.
+const ATTN_PREFETCH: u64 = 16 << 20;
+const SAMPLE_PREFETCH: u64 = 20 << 20;
 /// A block of the sampler holds its share of a row's logits in shared memory; up to 8 blocks share a row.
 pub const MAX_VOCAB: usize = 8 * 50_000;
 
@@ -144,6 +147,13 @@ impl Linear {
         }
         let gemv_map = map(GEMV_TILE_ROWS as u32)?;
         Ok(Linear { weight, bias, n, k, gemm_maps, gemv_map })
+    }
+
+    /// So many bytes of the weights, each of `blocks` blocks its share of them.
+    fn prefetch(&self, bytes: u64, blocks: u32) -> Prefetch {
+        let all = self.n * self.k * BF16;
+        let share = (bytes.min(all) / blocks as u64).next_multiple_of(128);
+        Prefetch { weights: self.weight.pointer(), bytes: all, share }
     }
 
     fn bias<T>(&self) -> *const T {
@@ -531,6 +541,8 @@ pub fn attn_prefill(
 }
 
 /// Attention of one query token per row: q, out [rows][query heads][dim]. `keys`: of all rows together, for the report.
+/// `next`: the product that follows, whose weights are read ahead.
+#[allow(clippy::too_many_arguments)]
 pub fn attn_decode(
     q: &Buffer,
     heads: Heads,
@@ -538,6 +550,7 @@ pub fn attn_decode(
     keys: u64,
     pages: &Pages,
     out: &Buffer,
+    next: Option<&Linear>,
     workspace: &Workspace,
 ) -> Launch {
     let (kernel, shared_bytes) = match heads.dim {
@@ -558,6 +571,7 @@ pub fn attn_decode(
         q_heads: heads.query as i32,
         kv_heads: heads.kv as i32,
         max_pages: pages.max_pages as i32,
+        prefetch: next.map_or(Prefetch::default(), |w| w.prefetch(ATTN_PREFETCH, workspace.blocks)),
         split_pages: workspace.split_pages as i32,
         scale: heads.scale(),
         ..Default::default()
@@ -573,15 +587,21 @@ pub fn attn_decode(
 }
 
 /// The next token of each row from logits [rows][vocab] fp32. `params` names the slots' memory; its logits, rows and row_slot
-/// are filled in here.
-pub fn sample(params: SampleParams, logits: &Buffer, row_slot: &Buffer, rows: u32) -> Launch {
+/// are filled in here. `next`: the first product of the next step, whose weights are read ahead.
+pub fn sample(params: SampleParams, logits: &Buffer, row_slot: &Buffer, rows: u32, next: Option<&Linear>) -> Launch {
     let vocab = params.vocab as u32;
-    // About 20,000 logits, 80 KB, for a block: more would leave no room for a second block on the processor.
+    // About 20,000 logits, 80 KB, for a block: 40 for each of its threads.
     let cluster = vocab.div_ceil(20_000).next_power_of_two().min(8);
-    let params = SampleParams { logits: logits.pointer(), row_slot: row_slot.pointer(), rows: rows as i32, ..params };
+    let params = SampleParams {
+        logits: logits.pointer(),
+        row_slot: row_slot.pointer(),
+        prefetch: next.map(|w| w.prefetch(SAMPLE_PREFETCH, cluster * rows)).unwrap_or_default(),
+        rows: rows as i32,
+        ..params
+    };
     Launch {
         cluster,
-        shared_bytes: SAMPLE_SHARED_BASE + 4 * vocab.div_ceil(cluster),
+        shared_bytes: SAMPLE_SHARED_BASE + 4 * vocab.div_ceil(cluster).next_multiple_of(4),
         pdl: true,
         bytes: rows as u64 * vocab as u64 * 4,
         ..kernels::SAMPLE.launch([cluster, rows, 1], params)

@@ -1,7 +1,7 @@
 // attn_decode: attention of one query token per row over its paged K and V.
 //
 // The work is rows x kv heads x pages, in this order; the grid's blocks share it out evenly, each taking one contiguous
-// span (computed by every block from row_position, so that a captured launch follows the growing sequences). A span
+// span (each warp finds it in row_position, 32 rows at a time, so that a captured launch follows the growing sequences). A span
 // falls into segments, each a run of pages of one (row, kv head) pair. A pair inside one block is written out directly;
 // of a pair cut between blocks each writes a partial result, and the last one to finish merges them in order of the
 // blocks, so the result does not depend on which one was last. With split_pages, pairs are cut at absolute positions
@@ -10,13 +10,25 @@
 // Within a block, warp 4 streams tiles (64 tokens of K, then the same of V) through a ring by TMA. Warps 0 to 3 each
 // own 16 tokens of every page: S = Q K^T and O += P V by mma.sync with the heads of the group as the 16 rows of A
 // (group <= 16), P never leaving registers; at a segment's end the four are merged in order. 64 KiB in flight per block
-// is what HBM needs, and two blocks fit on a processor together.
+// is what HBM needs, and two blocks fit on a processor together, or one beside a block of the next product, which fills its
+// ring of weights meanwhile.
+//
+// Before pdl_wait() the span is found and the ring filled with old pages: all that do not hold a row's newest token, which the
+// launch before this one appends. That row_position, row_slot, block_table and those pages may be read then is due to that
+// launch, gemv_norm_rope or rope_append: it lets its dependents start only behind its own wait, so all launches before it have
+// completed when this one starts. The SIMT machine knows this rule and checks it.
 //
 // Masking: only the page with the newest token has tokens behind the end. Their K may be anything; their V must be
-// finite (P is 0 there): pools are zeroed at the start and only ever hold what rope_append wrote.
+// finite (P is 0 there): pools are zeroed at the start and only ever hold what was appended.
+//
+// fp8 pages would change three places: kTileBytes (and the boxes of the maps), the fragments that scores() and accumulate()
+// take from a tile, and the scales, of K in scale_log2 and of V in store_normalised().
+//
+// Prediction (not yet run on a GPU): 2.9 TB/s at long contexts; 4 to 5 us a call at batch 1 and a short one, the latencies of a
+// page, of the merge of warps and of the merge of blocks.
 //
 // Grid: any number of blocks (one per processor is right); workspace grid_x * 2 partial results; shared memory
-// ATTN_DECODE_SHARED_D64 / _D128. A block with no work returns at once.
+// ATTN_DECODE_SHARED_D64 / _D128.
 #include "attention.cuh"
 
 constexpr int kComputeWarps = 4;
@@ -45,7 +57,7 @@ static_assert(sizeof(DecodeShared<128>) == ATTN_DECODE_SHARED_D128, "");
 // ---- sharing out the work; a unit is one page (or split_pages) of one kv head of one row ----
 
 DEVICE int pages_of(const AttnDecodeParams& p, int row) {
-  const int position = p.row_position[row];
+  const int position = row < p.rows ? p.row_position[row] : -1;
   return position < 0 ? 0 : position / PAGE_TOKENS + 1;
 }
 
@@ -62,16 +74,35 @@ struct Span {
   int row_start;   // its first unit
 };
 
+// By a whole warp.
 DEVICE Span span_of_block(const AttnDecodeParams& p) {
   int units = 0;
-  for (int row = 0; row < p.rows; row++) units += units_of(p, row) * p.kv_heads;
+  for (int row = lane_id(); row < p.rows; row += kWarp) units += units_of(p, row) * p.kv_heads;
+  UNROLL for (int m = kWarp / 2; m > 0; m /= 2) units += shfl_xor(units, m);
   Span s;
   s.share = ceil_div(units, grid_x());
   s.unit = min_int(block_x() * s.share, units);
   s.end = min_int(s.unit + s.share, units);
-  s.row = 0, s.row_start = 0;
-  s.units = units_of(p, 0);
-  return s;
+  s.row = 0, s.row_start = 0, s.units = 0;
+  if (s.unit == s.end) return s;
+  int before = 0;  // units of the rows below `first`
+  for (int first = 0;; first += kWarp) {
+    const int units_of_head = units_of(p, first + lane_id());
+    int sum = units_of_head * p.kv_heads;  // of the rows up to this lane's
+    UNROLL for (int m = 1; m < kWarp; m *= 2) {
+      const int below = shfl_up(sum, m);
+      if (lane_id() >= m) sum += below;
+    }
+    const uint32_t reached = warp_ballot(before + sum > s.unit);
+    if (reached) {
+      const int lane = first_set(reached);
+      s.row = first + lane;
+      s.units = shfl(units_of_head, lane);
+      s.row_start = before + shfl(sum, lane) - s.units * p.kv_heads;
+      return s;
+    }
+    before += shfl(sum, kWarp - 1);
+  }
 }
 
 // Pages [first, last) of a pair: `count` units from `unit` on, of the pair's `units` from `pair_start` on.
@@ -116,10 +147,16 @@ template <int kHeadDim>
 DEVICE void load_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, Span span) {
   RingPosition<DecodeShared<kHeadDim>::kStages> ring;
   Segment segment;
+  bool waited = false;
   while (next_segment(p, span, segment)) {
     const int* table = p.block_table + (size_t)p.row_slot[segment.row] * p.max_pages;
+    const int newest = pages_of(p, segment.row) - 1;
     for (int i = segment.first; i < segment.last; i++) {
       const int page = table[i];
+      if (i == newest && !waited) {
+        pdl_wait();
+        waited = true;
+      }
       load_tile(shared, ring, &p.k_map, segment.kv_head, page);
       advance(ring);
       load_tile(shared, ring, &p.v_map, segment.kv_head, page);
@@ -358,6 +395,16 @@ DEVICE void compute_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shar
 }
 
 template <int kHeadDim>
+DEVICE void zero_padding(const AttnDecodeParams& p) {
+  for (int row = block_x(); row < p.rows; row += grid_x()) {
+    if (p.row_position[row] >= 0) continue;
+    const Bf16x8 zeros = {};
+    for (int i = thread_idx(); i < p.q_heads * kHeadDim / 8; i += kComputeThreads)
+      store8(p.out + (size_t)row * p.q_heads * kHeadDim + 8 * i, zeros);
+  }
+}
+
+template <int kHeadDim>
 DEVICE void attn_decode(const AttnDecodeParams& p) {
   DecodeShared<kHeadDim>& shared = *(DecodeShared<kHeadDim>*)shared_memory();
   pdl_launch_dependents();
@@ -365,18 +412,7 @@ DEVICE void attn_decode(const AttnDecodeParams& p) {
     prefetch_tensor_map(&p.k_map);
     prefetch_tensor_map(&p.v_map);
   }
-  pdl_wait();
-
-  for (int row = block_x(); row < p.rows; row += grid_x()) {
-    if (p.row_position[row] >= 0) continue;
-    const Bf16x8 zeros = {};
-    for (int i = thread_idx(); i < p.q_heads * kHeadDim / 8; i += ATTN_DECODE_THREADS)
-      store8(p.out + (size_t)row * p.q_heads * kHeadDim + 8 * i, zeros);
-  }
-
   const Span span = span_of_block(p);
-  if (span.unit == span.end) return;
-
   if (thread_idx() == 0) {
     for (int i = 0; i < DecodeShared<kHeadDim>::kStages; i++) {
       mbarrier_init(&shared.full[i], 1);
@@ -386,10 +422,14 @@ DEVICE void attn_decode(const AttnDecodeParams& p) {
   }
   sync_threads();
 
-  if (warp_id() < kComputeWarps)
-    compute_span(p, shared, span);
-  else if (elect_one())
-    load_span(p, shared, span);
+  if (warp_id() == kComputeWarps) {
+    if (elect_one()) load_span(p, shared, span);
+    return;
+  }
+  pdl_wait();
+  if (thread_idx() == kComputeThreads - 1) prefetch_share(p.prefetch, block_x(), grid_x());
+  zero_padding<kHeadDim>(p);
+  compute_span(p, shared, span);
 }
 
 KERNEL(attn_decode_d64, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<64>(p); }

@@ -249,6 +249,8 @@ DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
   const Deal d = deal(p);
   const uint32_t begin = first_step(d, block_x()), end = first_step(d, block_x() + 1);
   pdl_wait();
+  // Not before the wait: attn_decode, which may come next, reads ahead what earlier launches have written.
+  pdl_launch_dependents();
   if (kNorm) row_scales<kTokens>(p, scale);
   uint32_t step = begin;
   while (step < end) {
@@ -282,7 +284,6 @@ DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
 template <int kTokens, bool kNorm, Epilogue kEpilogue>
 DEVICE void gemv(const GemvParams& p) {
   using Shape = GemvShape<kTokens>;
-  pdl_launch_dependents();
   uint8_t* shared = shared_memory();
   Barrier* full = (Barrier*)(shared + Shape::kBarriers);
   Barrier* empty = full + Shape::kStages;

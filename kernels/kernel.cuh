@@ -95,3 +95,10 @@ DEVICE float block_sum(float x, float* scratch, int warps) {
   for (int w = 0; w < warps; w++) sum += scratch[w];
   return sum;
 }
+
+// By one thread of block `block` of `blocks`. The block's part begins on a line of L2.
+DEVICE void prefetch_share(const Prefetch& prefetch, int block, int blocks) {
+  if (!prefetch.weights) return;
+  const uint64_t from = prefetch.bytes / blocks * block / 128 * 128, left = prefetch.bytes - from;
+  bulk_prefetch(prefetch.weights + from, (uint32_t)(left < prefetch.share ? left / 16 * 16 : prefetch.share));
+}

@@ -44,7 +44,7 @@ enum {
   ATTN_PREFILL_SHARED_D128 = 229528,
   ATTN_DECODE_SHARED_D64 = 84616,
   ATTN_DECODE_SHARED_D128 = 100936,
-  SAMPLE_SHARED_BASE = 6640,  // and 4 for each logit of a block's slice
+  SAMPLE_SHARED_BASE = 9840,  // and 4 for each logit of a block's slice, a multiple of 4 of them
 
   // (query token, head of the group) pairs in a tile of attn_prefill.
   ATTN_PREFILL_ROWS_D64 = 192,
@@ -180,7 +180,8 @@ typedef struct TokenRecord {
   int32_t generated;  // tokens generated including this one
   int32_t ignores_used;
   int32_t reasoning_tokens;
-  float logprob;  // of `token`, natural log, from the logits after bias, masks and penalties, before temperature
+  float
+      logprob;  // of `token`, natural log, from the logits after bias, masks and penalties, before temperature; 0 if not asked for
   int32_t top_count;
   int32_t top_ids[MAX_TOP_LOGPROBS];
   float top_logprobs[MAX_TOP_LOGPROBS];
@@ -302,6 +303,14 @@ typedef struct __attribute__((aligned(64))) AttnPrefillParams {
   float scale;  // 1 / sqrt(head_dim)
 } AttnPrefillParams;
 
+// The weights of a product that comes later, for a kernel that leaves the memory idle to read into L2: each of its blocks
+// reads `share` bytes from the beginning of its part of the matrix, as its part of the product will.
+typedef struct Prefetch {
+  const uint8_t* weights;  // [bytes] or null
+  uint64_t bytes;
+  uint64_t share;  // a multiple of 16, below 2^32
+} Prefetch;
+
 // attn_decode: one query token per row over its paged KV; the pages of all rows are dealt evenly to the blocks, or in pieces of
 // split_pages; partial results are merged in order by the last block of a row.
 typedef struct __attribute__((aligned(64))) AttnDecodeParams {
@@ -314,6 +323,7 @@ typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   float* partial;    // [grid_x * 2, or pieces of all rows and kv heads][group][head_dim + 2]: output, max, sum
   uint32_t* ticket;  // [rows * kv_heads] zero between launches
   uint16_t* out;     // [rows][q_heads][head_dim]
+  Prefetch prefetch;
   int32_t rows, q_heads, kv_heads, max_pages;
   int32_t split_pages;  // 0: pairs are cut where the blocks' shares end; else after so many pages, always
   float scale;
@@ -334,6 +344,7 @@ typedef struct SampleParams {
   TokenRing* ring;              // mapped host memory
   uint32_t* step;               // [1] steps so far (the ring's head, on the device)
   uint32_t* ticket;             // [1] rows finished in this step
+  Prefetch prefetch;
   int32_t rows, vocab;
 } SampleParams;
 

@@ -19,8 +19,8 @@ DEVICE void normalise(float (&x)[8], float scale, const uint16_t* weight) {
 template <int kHeadDim>
 DEVICE void rope_append(const RopeParams& p) {
   constexpr int kHeadThreads = kHeadDim / 16;
-  pdl_launch_dependents();
   pdl_wait();
+  pdl_launch_dependents();  // not before: attn_decode reads ahead what launches before this one have written
 
   const int heads = p.rope.q_heads + 2 * p.rope.kv_heads;
   const int items = p.rows * heads * kHeadThreads;

@@ -2,35 +2,47 @@
 // ring that the host reads.
 //
 // Grid: rows x one cluster of 1 to 8 blocks along x; block `rank` of a row's cluster holds logits [rank * slice, + slice) in
-// shared memory, so the logits are read once. Reductions go warp, block, cluster (over distributed shared memory).
-// Shared memory: SAMPLE_SHARED_BASE + 4 bytes for each logit of a slice.
+// shared memory, so the logits are read once. A thread's logits are groups of four neighbours, the same ones in every pass.
+// Reductions go warp, block, cluster (over distributed shared memory). Shared memory: SAMPLE_SHARED_BASE + 4 bytes for each
+// logit of a slice, a multiple of 4 of them.
 //
 // Order (as vLLM's): bias, masks (padded rows, allowed tokens, what may not be drawn now), penalties; here log-probabilities are
 // reported; then temperature, min-p, top-k, top-p; then the draw. The draw is Gumbel-max with Philox noise that depends on
 // (seed, position, token id) alone, so a token does not depend on how the row is cut, nor on its neighbours in the batch.
-// Thresholds of top-k and top-p are found without a sort: a radix descent over the bits of each candidate's distance to the
-// maximum, with integer counts and fixed-point masses, which add up to the same bits in any order; ties go to the lowest id.
-// What a request does not use is skipped. Forced tokens take part in everything but the draw.
+//
+// Thresholds of top-k and top-p are found without a sort, by a descent: candidates of an interval of distances to the maximum
+// are counted in 256 parts of it, with integer counts and fixed-point masses, which add up to the same bits in any order; the
+// part in which the target is reached is the next interval. The first parts are 1/8 wide, because there the logits spread; a
+// part of one candidate, or one that is taken whole, ends the descent: after two or three steps where logits come from a
+// model. Ties go to the lowest id, found by a descent over ids.
+//
+// What a request does not use is skipped. Forced tokens take part in everything but the draw. Each block runs the budget on a
+// copy of its own, so that no block waits for another's; the leader's copy is the one that is kept.
+//
+// Passes over the slice after the load: greedy 1 (the maximum); with log-probabilities 2, in one reduction; with a temperature
+// one more, and one for each step of a descent. A reduction or a step's exchange is one barrier of the cluster, one of the
+// block, and 8 reads of peers at once. What that should take: benches/predict.py (docs/predictions.md), not yet run on a GPU.
 #include "budget.cuh"
 #include "philox.cuh"
 
 constexpr int kWarps = SAMPLE_THREADS / kWarp;
-constexpr int kDigits = 256;
+constexpr int kParts = 256;
+constexpr int kBatch = 5;  // groups of four logits that a thread loads at once
 
-struct SampleShared {
+struct alignas(16) SampleShared {  // the logits come behind it
   // By turns, so that one reduction may begin while slower threads still read the one before.
   float warp_value[2][kWarps];
   int warp_id[2][kWarps];
   float block_value[2];
   int block_id[2];
-  uint32_t count[kDigits];
-  uint64_t mass[kDigits];
-  uint32_t cluster_count[kDigits];
-  uint64_t cluster_mass[kDigits];
-  uint32_t digit;
-  uint32_t below_count;
-  uint64_t below_mass;
-  // Of rank 0, for all:
+  float warp_total[2][kWarps];
+  float block_total[2];
+  // Of this block, by turns: candidates, and the low 16 bits of their masses and the others, each below 2^32 in all: one array,
+  // because it is zeroed as one.
+  uint32_t parts[2][3 * kParts];
+  // Of the cluster.
+  uint64_t weight[kParts];
+  uint32_t count[kParts];
   BudgetStep step;
   int token, redraw;
   Budget budget;
@@ -53,7 +65,9 @@ struct Row {
   SampleShared* shared;
   float* logits;  // [size] in shared memory
   int first, size, slice;
-  int turn;
+  int groups;      // of four logits; behind the end they are -infinity
+  int turn;        // of the reductions
+  int parts_turn;  // of the descent
 };
 
 DEVICE Row row_of_block(const SampleParams& p, SampleShared& shared) {
@@ -61,10 +75,11 @@ DEVICE Row row_of_block(const SampleParams& p, SampleShared& shared) {
   row.p = &p;
   row.shared = &shared;
   row.logits = (float*)(shared_memory() + sizeof(SampleShared));
-  row.slice = ceil_div(p.vocab, (int)cluster_size());
+  row.slice = ceil_div(p.vocab, 4 * (int)cluster_size()) * 4;
   row.first = (int)cluster_rank() * row.slice;
   row.size = max_int(0, min_int(row.slice, p.vocab - row.first));
-  row.turn = 0;
+  row.groups = ceil_div(row.size, 4);
+  row.turn = row.parts_turn = 0;
   return row;
 }
 
@@ -75,84 +90,144 @@ DEVICE void sync_cluster() {
     cluster_sync();
 }
 
+// Four neighbouring logits of the slice.
+struct Four {
+  float x[4];
+};
+
+DEVICE Four four_of(const Row& row, int group) {
+  uint32_t bits[4];
+  load_16(row.logits + 4 * group, bits);
+  return {{bits_to_float(bits[0]), bits_to_float(bits[1]), bits_to_float(bits[2]), bits_to_float(bits[3])}};
+}
+
+DEVICE void store_four(Row& row, int group, const Four& f) {
+  const uint32_t bits[4] = {float_to_bits(f.x[0]), float_to_bits(f.x[1]), float_to_bits(f.x[2]), float_to_bits(f.x[3])};
+  store_16(row.logits + 4 * group, bits);
+}
+
 // ---- reductions over the row; every thread gets the result ----
 
-DEVICE Candidate row_best(Row& row, Candidate c) {
+constexpr float kLog2e = 1.4426950408889634f;
+
+// exp(from - to): what a sum relative to `from` is worth relative to `to`.
+DEVICE float rescaling(float from, float to) { return from == -INFINITY ? 0.f : exp2_approx((from - to) * kLog2e); }
+
+// The best candidate; and, with `total`, the sum of what each thread has in it relative to its own candidate's value, relative
+// to the best one's.
+DEVICE Candidate row_best(Row& row, Candidate c, float* total = nullptr) {
   SampleShared& s = *row.shared;
   const int turn = row.turn;
   row.turn ^= 1;
+  const float own = c.value;
   UNROLL for (int m = kWarp / 2; m > 0; m /= 2) {
     const Candidate other = {shfl_xor(c.value, m), shfl_xor(c.id, m)};
     if (better(other, c)) c = other;
   }
-  if (lane_id() == 0) s.warp_value[turn][warp_id()] = c.value, s.warp_id[turn][warp_id()] = c.id;
+  const float warp_total = total ? warp_sum(*total * rescaling(own, c.value)) : 0.f;
+  if (lane_id() == 0) {
+    s.warp_value[turn][warp_id()] = c.value, s.warp_id[turn][warp_id()] = c.id;
+    if (total) s.warp_total[turn][warp_id()] = warp_total;
+  }
   sync_threads();
   for (int w = 0; w < kWarps; w++) {
     const Candidate other = {s.warp_value[turn][w], s.warp_id[turn][w]};
     if (better(other, c)) c = other;
   }
+  if (total) {
+    *total = 0.f;
+    for (int w = 0; w < kWarps; w++) *total += s.warp_total[turn][w] * rescaling(s.warp_value[turn][w], c.value);
+  }
   if (cluster_size() == 1) return c;
-  if (thread_idx() == 0) s.block_value[turn] = c.value, s.block_id[turn] = c.id;
+  if (thread_idx() == 0) {
+    s.block_value[turn] = c.value, s.block_id[turn] = c.id;
+    if (total) s.block_total[turn] = *total;
+  }
   cluster_sync();
   for (uint32_t r = 0; r < cluster_size(); r++) {
     const SampleShared* peer = cluster_map(&s, r);
     const Candidate other = {peer->block_value[turn], peer->block_id[turn]};
     if (better(other, c)) c = other;
   }
+  if (total) {
+    *total = 0.f;
+    for (uint32_t r = 0; r < cluster_size(); r++) {
+      const SampleShared* peer = cluster_map(&s, r);
+      *total += peer->block_total[turn] * rescaling(peer->block_value[turn], c.value);
+    }
+  }
   return c;
-}
-
-DEVICE float row_sum(Row& row, float x) {
-  SampleShared& s = *row.shared;
-  const int turn = row.turn;
-  row.turn ^= 1;
-  x = warp_sum(x);
-  if (lane_id() == 0) s.warp_value[turn][warp_id()] = x;
-  sync_threads();
-  float sum = 0.f;
-  for (int w = 0; w < kWarps; w++) sum += s.warp_value[turn][w];
-  if (cluster_size() == 1) return sum;
-  if (thread_idx() == 0) s.block_value[turn] = sum;
-  cluster_sync();
-  sum = 0.f;
-  for (uint32_t r = 0; r < cluster_size(); r++) sum += cluster_map(&s, r)->block_value[turn];
-  return sum;
 }
 
 // ---- logits: bias, masks, penalties ----
 
 DEVICE bool bit(const uint32_t* bits, int i) { return bits[i / 32] >> (i % 32) & 1; }
 
+struct Adjustment {
+  const SlotState* slot;
+  const uint32_t* allowed;      // [vocab / 32 rounded up]
+  const uint32_t* prompt_seen;  // the same
+  const uint16_t* counts;       // [vocab]
+};
+
+DEVICE float adjusted(const Adjustment& a, int id, uint8_t traits, float x) {
+  const SlotState& slot = *a.slot;
+  if (slot.flags & SLOT_PENALTIES) {
+    const int count = a.counts[id];
+    if (count > 0 || bit(a.prompt_seen, id)) x = x > 0.f ? x / slot.repetition_penalty : x * slot.repetition_penalty;
+    if (count > 0) x -= slot.frequency_penalty * count + slot.presence_penalty;
+  }
+  const bool real = traits & TRAIT_REAL;
+  if (!real || ((slot.flags & SLOT_ALLOWED_MASK) && !bit(a.allowed, id))) x = x == x ? -INFINITY : x;
+  return x;
+}
+
+// Each thread's own logits; a barrier follows.
 DEVICE void load_logits(Row& row, const SlotState& slot, int slot_id) {
   const SampleParams& p = *row.p;
   const float* from = p.logits + (size_t)block_y() * p.vocab + row.first;
-  const int words = ceil_div(p.vocab, 32);
-  const uint32_t* allowed = p.allowed + (size_t)slot_id * words;
-  const uint32_t* prompt_seen = p.prompt_seen + (size_t)slot_id * words;
-  const uint16_t* counts = p.output_counts + (size_t)slot_id * p.vocab;
-  const bool biased = slot.bias_count > 0;
-  if (biased) {
-    for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) row.logits[i] = from[i];
-    sync_threads();
-    for (uint32_t i = thread_idx(); i < slot.bias_count; i += SAMPLE_THREADS) {
-      const int at = p.bias_ids[(size_t)slot_id * MAX_LOGIT_BIAS + i] - row.first;
-      if (at >= 0 && at < row.size) row.logits[at] += p.bias_values[(size_t)slot_id * MAX_LOGIT_BIAS + i];
+  const uint8_t* traits = p.token_traits + row.first;
+  const size_t words = ceil_div(p.vocab, 32);
+  const Adjustment a = {&slot, p.allowed + slot_id * words, p.prompt_seen + slot_id * words,
+                        p.output_counts + (size_t)slot_id * p.vocab};
+  const bool biased = slot.bias_count > 0, aligned = p.vocab % 4 == 0;
+  for (int first = thread_idx(); first < row.groups; first += kBatch * SAMPLE_THREADS) {
+    uint32_t bits[kBatch][4], kinds[kBatch];  // all on their way before the first is used
+    UNROLL for (int j = 0; j < kBatch; j++) {
+      const int at = 4 * (first + j * SAMPLE_THREADS);
+      if (at + 4 <= row.size && aligned) {
+        load_16(from + at, bits[j]);
+        kinds[j] = *(const uint32_t*)(traits + at);
+      } else {
+        kinds[j] = 0;
+        UNROLL for (int i = 0; i < 4; i++) {
+          bits[j][i] = at + i < row.size ? float_to_bits(from[at + i]) : 0xff800000u;  // -infinity
+          if (at + i < row.size) kinds[j] |= (uint32_t)traits[at + i] << (8 * i);
+        }
+      }
     }
-    sync_threads();
+    UNROLL for (int j = 0; j < kBatch; j++) {
+      const int group = first + j * SAMPLE_THREADS;
+      if (group >= row.groups) break;
+      Four f;
+      UNROLL for (int i = 0; i < 4; i++) {
+        f.x[i] = bits_to_float(bits[j][i]);
+        if (!biased && 4 * group + i < row.size)
+          f.x[i] = adjusted(a, row.first + 4 * group + i, (uint8_t)(kinds[j] >> (8 * i)), f.x[i]);
+      }
+      store_four(row, group, f);
+    }
   }
-  for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) {
-    const int id = row.first + i;
-    float x = biased ? row.logits[i] : from[i];
-    if (slot.flags & SLOT_PENALTIES) {
-      const int count = counts[id];
-      if (count > 0 || bit(prompt_seen, id)) x = x > 0.f ? x / slot.repetition_penalty : x * slot.repetition_penalty;
-      if (count > 0) x -= slot.frequency_penalty * count + slot.presence_penalty;
-    }
-    const bool real = p.token_traits[id] & TRAIT_REAL;
-    if (!real || ((slot.flags & SLOT_ALLOWED_MASK) && !bit(allowed, id))) x = x == x ? -INFINITY : x;
-    row.logits[i] = x;
+  if (!biased) return;
+  sync_threads();
+  for (uint32_t i = thread_idx(); i < slot.bias_count; i += SAMPLE_THREADS) {
+    const int at = p.bias_ids[(size_t)slot_id * MAX_LOGIT_BIAS + i] - row.first;
+    if (at >= 0 && at < row.size) row.logits[at] += p.bias_values[(size_t)slot_id * MAX_LOGIT_BIAS + i];
   }
   sync_threads();
+  for (int group = thread_idx(); group < row.groups; group += SAMPLE_THREADS)
+    for (int i = 4 * group; i < min_int(4 * group + 4, row.size); i++)
+      row.logits[i] = adjusted(a, row.first + i, traits[i], row.logits[i]);
 }
 
 DEVICE void mask(Row& row, int id) {
@@ -162,12 +237,9 @@ DEVICE void mask(Row& row, int id) {
 
 // Tokens that this draw must not give. By one thread, because they need not be different; a barrier follows.
 DEVICE void mask_for_draw(Row& row, const SlotState& slot, const Budget& b, bool mask_end, bool mask_eos) {
-  if (thread_idx() == 0) {
-    if (mask_end) mask(row, budget_completing(b, row.p->pool));
-    const uint32_t masked = slot.generated < slot.min_generated ? slot.stop_count : mask_eos ? slot.eos_count : 0;
-    for (uint32_t i = 0; i < masked; i++) mask(row, slot.stop_ids[i]);
-  }
-  sync_threads();
+  if (mask_end) mask(row, budget_completing(b, row.p->pool));
+  const uint32_t masked = slot.generated < slot.min_generated ? slot.stop_count : mask_eos ? slot.eos_count : 0;
+  for (uint32_t i = 0; i < masked; i++) mask(row, slot.stop_ids[i]);
 }
 
 // ---- candidates: min-p, top-k, top-p ----
@@ -190,118 +262,135 @@ DEVICE bool passes(const Threshold& t, uint32_t distance, uint32_t id) {
   return distance < t.distance || (distance == t.distance && id <= t.id);
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
+DEVICE Threshold tighter(const Threshold& a, const Threshold& b) { return passes(a, b.distance, b.id) ? b : a; }
 
 // Probability relative to the maximum, 32 bits of fraction.
 DEVICE uint64_t mass_of(uint32_t distance) {
   return (uint64_t)(exp2_approx(-kLog2e * bits_to_float(distance)) * 4294967296.f);
 }
 
-// What of the row lies before a digit: how many candidates, and their mass.
-struct Before {
-  uint32_t count;
-  uint64_t mass;
+// What a descent divides into kParts: distances, or the ids of one distance.
+struct Interval {
+  uint32_t low, high;  // both in it
+  bool is_first;       // all distances, in parts of 1/8
+  bool over_ids;
+  uint32_t distance;  // of the ids
 };
 
-// One digit of a descent: histogram of the digit at `shift` over candidates that pass `t` and whose higher bits equal those of
-// `prefix`, over distances or, among those of one distance, over ids. Then the first digit by which `target` is reached, in counts or
-// in mass; `before` grows by what lies below it.
-DEVICE uint32_t descend(Row& row, const Scale& scale, const Threshold& t, bool over_ids, uint32_t distance,
-                        uint32_t prefix, int shift, bool by_mass, uint64_t target, Before& before) {
+DEVICE int shift_of(const Interval& in) { return max_int(0, 24 - leading_zeros(in.high - in.low)); }
+
+DEVICE int part_of(const Interval& in, int shift, uint32_t key) {
+  return in.is_first ? (int)fminf(8.f * bits_to_float(key), kParts - 1) : (int)((key - in.low) >> shift);
+}
+
+DEVICE Interval part(const Interval& in, int shift, int i) {
+  Interval p = in;
+  p.is_first = false;
+  p.low = in.is_first ? float_to_bits(0.125f * i) : in.low + ((uint32_t)i << shift);
+  if (!in.is_first)
+    p.high = p.low + ((1u << shift) - 1) < in.high ? p.low + ((1u << shift) - 1) : in.high;
+  else if (i < kParts - 1)
+    p.high = float_to_bits(0.125f * (i + 1)) - 1;
+  return p;
+}
+
+// Candidates within `t` in each part of `in`, over the row: shared.count, and shared.weight: their number or mass.
+DEVICE void weigh_parts(Row& row, const Scale& scale, const Threshold& t, const Interval& in, bool by_mass) {
   SampleShared& s = *row.shared;
-  for (int i = thread_idx(); i < kDigits; i += SAMPLE_THREADS) s.count[i] = 0, s.mass[i] = 0;
-  sync_threads();
-  for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) {
-    if (row.logits[i] == -INFINITY) continue;
-    const uint32_t d = distance_of(scale, row.logits[i]), id = row.first + i;
-    if (!passes(t, d, id) || (over_ids && d != distance)) continue;
-    const uint32_t key = over_ids ? id : d;
-    if (shift < 24 && key >> (shift + 8) != prefix >> (shift + 8)) continue;
-    atomic_add(&s.count[key >> shift & 255], 1u);
-    if (by_mass) atomic_add(&s.mass[key >> shift & 255], mass_of(d));
+  const int turn = row.parts_turn, shift = shift_of(in);
+  row.parts_turn ^= 1;
+  for (int group = thread_idx(); group < row.groups; group += SAMPLE_THREADS) {
+    const Four f = four_of(row, group);
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (f.x[i] == -INFINITY) continue;
+      const uint32_t d = distance_of(scale, f.x[i]), id = row.first + 4 * group + i;
+      if (!passes(t, d, id) || (in.over_ids && d != in.distance)) continue;
+      const uint32_t key = in.over_ids ? id : d;
+      if (key < in.low || key > in.high) continue;
+      const int at = part_of(in, shift, key);
+      atomic_add(&s.parts[turn][at], 1u);
+      if (by_mass) {
+        const uint64_t mass = mass_of(d);
+        atomic_add(&s.parts[turn][kParts + at], (uint32_t)mass & 0xffff);
+        atomic_add(&s.parts[turn][2 * kParts + at], (uint32_t)(mass >> 16));
+      }
+    }
   }
   sync_cluster();
-  for (int i = thread_idx(); i < kDigits; i += SAMPLE_THREADS) {
+  // Peers have read the others, of the step before, on their way to this barrier.
+  for (int i = thread_idx(); i < 3 * kParts; i += SAMPLE_THREADS) s.parts[turn ^ 1][i] = 0;
+  for (int i = thread_idx(); i < kParts; i += SAMPLE_THREADS) {
     uint32_t count = 0;
     uint64_t mass = 0;
     for (uint32_t r = 0; r < cluster_size(); r++) {
       const SampleShared* peer = cluster_map(&s, r);
-      count += peer->count[i];
-      if (by_mass) mass += peer->mass[i];
+      count += peer->parts[turn][i];
+      if (by_mass) mass += peer->parts[turn][kParts + i] + ((uint64_t)peer->parts[turn][2 * kParts + i] << 16);
     }
-    s.cluster_count[i] = count;
-    s.cluster_mass[i] = mass;
+    s.count[i] = count;
+    s.weight[i] = by_mass ? mass : count;
   }
   sync_threads();
-  if (thread_idx() == 0) {
-    Before sum = before;
-    int digit = 0, last = 0;
-    for (; digit < kDigits; digit++) {
-      const uint32_t count = s.cluster_count[digit];
-      const uint64_t mass = s.cluster_mass[digit];
-      if (count > 0) {
-        last = digit;
-        if (by_mass ? sum.mass + mass >= target : sum.count + count >= target) break;
-      }
-      sum.count += count;
-      sum.mass += mass;
-    }
-    // Less in all than the target: everything, up to the last candidate.
-    if (digit == kDigits) {
-      digit = last;
-      sum.count -= s.cluster_count[last];
-      sum.mass -= s.cluster_mass[last];
-    }
-    s.digit = digit;
-    s.below_count = sum.count;
-    s.below_mass = sum.mass;
-  }
-  // Peers read this block's histograms before it clears them for the next digit.
-  sync_cluster();
-  before.count = s.below_count;
-  before.mass = s.below_mass;
-  return prefix | s.digit << shift;
 }
 
-// The smallest set of the best candidates within `t` with `target` in counts or mass.
-DEVICE Threshold tighten(Row& row, const Scale& scale, const Threshold& t, bool by_mass, uint64_t target) {
-  Before before = {0, 0};
-  uint32_t distance = 0;
-  for (int shift = 24; shift >= 0; shift -= 8)
-    distance = descend(row, scale, t, false, 0, distance, shift, by_mass, target, before);
-  // Of those at this very distance as many as are still due, lowest ids first.
-  uint32_t id = 0;
-  for (int shift = 24; shift >= 0; shift -= 8)
-    id = descend(row, scale, t, true, distance, id, shift, by_mass, target, before);
-  return {distance, id};
+// The part by which a target is reached, and the weight before it.
+struct Reached {
+  int part;  // -1: not reached
+  uint64_t before;
+};
+
+// By each warp for itself: kParts / 32 parts a lane.
+DEVICE uint64_t weight_up_to(const SampleShared& s) {
+  uint64_t sum = 0;
+  UNROLL for (int i = 0; i < kParts / kWarp; i++) sum += s.weight[lane_id() * (kParts / kWarp) + i];
+  UNROLL for (int m = 1; m < kWarp; m *= 2) {
+    const uint64_t below = shfl_up(sum, m);
+    if (lane_id() >= m) sum += below;
+  }
+  return sum;
 }
 
-DEVICE uint64_t total_mass(Row& row, const Scale& scale, const Threshold& t) {
-  SampleShared& s = *row.shared;
-  if (thread_idx() == 0) s.mass[0] = 0;
-  sync_threads();
-  uint64_t mass = 0;
-  for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) {
-    if (row.logits[i] == -INFINITY) continue;
-    const uint32_t d = distance_of(scale, row.logits[i]);
-    if (passes(t, d, row.first + i)) mass += mass_of(d);
+DEVICE Reached reach(const SampleShared& s, uint64_t up_to, uint64_t before, uint64_t target) {
+  const uint32_t reached = warp_ballot(before + up_to >= target);
+  if (!reached) return {-1, 0};
+  const int lane = first_set(reached);
+  if (lane > 0) before += shfl(up_to, lane - 1);
+  int i = lane * (kParts / kWarp);
+  while (before + s.weight[i] < target) before += s.weight[i++];
+  return {i, before};
+}
+
+// The smallest set of the best candidates within `t` that reaches `count` of them; or, where `share` is not 0, that share of
+// their mass.
+DEVICE Threshold tighten(Row& row, const Scale& scale, const Threshold& t, uint64_t count, float share) {
+  const bool by_mass = share > 0.f;
+  const SampleShared& s = *row.shared;
+  Interval in = {0, 0x7f7fffffu, true, false, 0};
+  uint64_t before = 0, target = count;
+  for (;;) {
+    weigh_parts(row, scale, t, in, by_mass);
+    const uint64_t up_to = weight_up_to(s);
+    if (in.is_first && by_mass) {
+      target = (uint64_t)((double)shfl(up_to, kWarp - 1) * (double)share);
+      if (target == 0) target = 1;
+    }
+    const Reached r = reach(s, up_to, before, target);
+    if (r.part < 0) return t;  // all of them are less
+    before = r.before;
+    const int shift = shift_of(in);
+    in = part(in, shift, r.part);
+    // Behind a target of counts there may be no more; behind one of masses there may be candidates without mass.
+    const bool is_whole = s.count[r.part] == 1 || (!by_mass && before + s.weight[r.part] == target);
+    if (in.over_ids && (is_whole || in.low == in.high)) return tighter(t, {in.distance, in.high});
+    if (is_whole) return tighter(t, {in.high, 0xffffffffu});
+    if (in.low == in.high) in = {0, (uint32_t)row.p->vocab - 1, false, true, in.low};
   }
-  UNROLL for (int m = kWarp / 2; m > 0; m /= 2) mass += shfl_xor(mass, m);
-  if (lane_id() == 0) atomic_add(&s.mass[0], mass);
-  sync_cluster();
-  mass = 0;
-  for (uint32_t r = 0; r < cluster_size(); r++) mass += cluster_map(&s, r)->mass[0];
-  sync_cluster();
-  return mass;
 }
 
 // ---- the draw ----
 
-// Gumbel noise of a token at a position. Exponential variates from log1p keep their precision where the noise is large.
-DEVICE float gumbel(uint32_t seed_low, uint32_t seed_high, int position, uint32_t id) {
-  uint32_t c[4] = {id / 4, (uint32_t)position, 0, 0};
-  philox(c, seed_low, seed_high);
-  const uint32_t bits = id & 2 ? (id & 1 ? c[3] : c[2]) : (id & 1 ? c[1] : c[0]);
+// Gumbel noise from 32 random bits. Exponential variates from log1p keep their precision where the noise is large.
+DEVICE float gumbel(uint32_t bits) {
   const float u = ((float)bits + 0.5f) * 2.3283064365386963e-10f;
   return -logf(-log1pf(-u));
 }
@@ -312,24 +401,49 @@ DEVICE int draw(Row& row, const SlotState& slot, const Candidate& best) {
   Threshold t = {0x7f7fffffu, 0xffffffffu};
   // Not -logf(): of 1 that would be -0, whose bits are the largest of all.
   if (slot.min_p > 0.f) t.distance = float_to_bits(0.f - logf(slot.min_p));
-  if (slot.top_k > 0 && slot.top_k < row.p->vocab) t = tighten(row, scale, t, false, slot.top_k);
-  if (slot.top_p < 1.f) {
-    const uint64_t target = (uint64_t)((double)total_mass(row, scale, t) * (double)slot.top_p);
-    t = tighten(row, scale, t, true, target > 0 ? target : 1);
-  }
+  if (slot.top_k > 0 && slot.top_k < row.p->vocab) t = tighten(row, scale, t, slot.top_k, 0.f);
+  if (slot.top_p < 1.f) t = tighten(row, scale, t, 0, fmaxf(slot.top_p, 1e-30f));
   Candidate c = {-INFINITY, 0x7fffffff};
-  for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) {
-    if (row.logits[i] == -INFINITY) continue;
-    const uint32_t d = distance_of(scale, row.logits[i]), id = row.first + i;
-    if (!passes(t, d, id)) continue;
-    const float noise = gumbel(slot.seed_low, slot.seed_high, slot.length, id);
-    const Candidate other = {noise - bits_to_float(d), (int)id};
-    if (better(other, c)) c = other;
+  for (int group = thread_idx(); group < row.groups; group += SAMPLE_THREADS) {
+    const Four f = four_of(row, group);
+    const uint32_t first = row.first + 4 * group;
+    bool kept[4];
+    UNROLL for (int i = 0; i < 4; i++) kept[i] = f.x[i] > -INFINITY && passes(t, distance_of(scale, f.x[i]), first + i);
+    if (!(kept[0] || kept[1] || kept[2] || kept[3])) continue;
+    uint32_t bits[4] = {first / 4, (uint32_t)slot.length, 0, 0};  // four ids share a block of Philox
+    philox(bits, slot.seed_low, slot.seed_high);
+    UNROLL for (int i = 0; i < 4; i++) {
+      const Candidate other = {gumbel(bits[i]) - bits_to_float(distance_of(scale, f.x[i])), (int)first + i};
+      if (kept[i] && better(other, c)) c = other;
+    }
   }
   return row_best(row, c).id;
 }
 
 // ---- log-probabilities ----
+
+// The best of all; and with `wants_sum` log(sum of exp(logit)), otherwise 0. A NaN or +infinity is the best of all, so that it is
+// noticed.
+DEVICE Candidate summarise(Row& row, bool wants_sum, float& log_sum) {
+  Candidate c = {-INFINITY, 0x7fffffff};
+  for (int group = thread_idx(); group < row.groups; group += SAMPLE_THREADS) {
+    const Four f = four_of(row, group);
+    UNROLL for (int i = 0; i < 4; i++) {
+      const Candidate other = {f.x[i] == f.x[i] ? f.x[i] : INFINITY, row.first + 4 * group + i};
+      if (better(other, c)) c = other;
+    }
+  }
+  log_sum = 0.f;
+  if (!wants_sum) return row_best(row, c);
+  float total = 0.f;
+  for (int group = thread_idx(); group < row.groups && c.value > -INFINITY; group += SAMPLE_THREADS) {
+    const Four f = four_of(row, group);
+    UNROLL for (int i = 0; i < 4; i++) total += exp2_approx((f.x[i] - c.value) * kLog2e);
+  }
+  const Candidate best = row_best(row, c, &total);
+  log_sum = best.value + logf(total);
+  return best;
+}
 
 DEVICE float logit_of(Row& row, int id) {
   const int rank = id / row.slice;
@@ -339,9 +453,12 @@ DEVICE float logit_of(Row& row, int id) {
 // The next best after `last`, in order of logit, then id.
 DEVICE Candidate next_best(Row& row, const Candidate& last) {
   Candidate c = {-INFINITY, 0x7fffffff};
-  for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) {
-    const Candidate other = {row.logits[i], row.first + i};
-    if (better(last, other) && better(other, c)) c = other;
+  for (int group = thread_idx(); group < row.groups; group += SAMPLE_THREADS) {
+    const Four f = four_of(row, group);
+    UNROLL for (int i = 0; i < 4; i++) {
+      const Candidate other = {f.x[i], row.first + 4 * group + i};
+      if (better(last, other) && better(other, c)) c = other;
+    }
   }
   return row_best(row, c);
 }
@@ -399,6 +516,7 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
   pdl_launch_dependents();
   pdl_wait();
   SampleShared& shared = *(SampleShared*)shared_memory();
+  if (thread_idx() == kWarp) prefetch_share(p.prefetch, block_y() * grid_x() + block_x(), grid_x() * p.rows);
   const int slot_id = p.row_slot[block_y()];
   SlotState& slot = p.slots[slot_id];
   const bool leader = cluster_rank() == 0 && thread_idx() == 0;
@@ -417,49 +535,43 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
   }
 
   Row row = row_of_block(p, shared);
-  const SampleShared* root = cluster_map(&shared, 0);
-  if (leader) {
-    shared.budget = slot.budget;
-    shared.step = budget_before(shared.budget, p.pool);
-    shared.token = shared.step.forced;
-    shared.redraw = 0;
-  }
+  const bool is_first = thread_idx() == 0;
+  for (int i = thread_idx(); i < (int)(sizeof(Budget) / 4); i += SAMPLE_THREADS)
+    ((uint32_t*)&shared.budget)[i] = ((const uint32_t*)&slot.budget)[i];
+  for (int i = thread_idx(); i < 3 * kParts; i += SAMPLE_THREADS) shared.parts[0][i] = 0;
   load_logits(row, slot, slot_id);
-  sync_cluster();
-  const BudgetStep step = root->step;
+  sync_threads();
 
+  const bool wants_sum = slot.logprobs >= 0;
   Candidate best = {0.f, 0};
   float log_sum = 0.f;
   bool finite = true;
   for (int attempt = 0; attempt < 2; attempt++) {
-    if (step.forced < 0)
-      mask_for_draw(row, slot, root->budget, step.mask_end || attempt > 0, step.mask_eos || attempt > 0);
-    // A NaN or +infinity is the best of all, so that it is noticed.
-    Candidate c = {-INFINITY, 0x7fffffff};
-    for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS) {
-      const float x = row.logits[i];
-      const Candidate other = {x == x ? x : INFINITY, row.first + i};
-      if (better(other, c)) c = other;
+    if (is_first) {
+      if (attempt == 0) {
+        shared.step = budget_before(shared.budget, p.pool);
+        shared.token = shared.step.forced;
+      }
+      shared.redraw = 0;
+      if (shared.step.forced < 0)
+        mask_for_draw(row, slot, shared.budget, shared.step.mask_end || attempt > 0,
+                      shared.step.mask_eos || attempt > 0);
     }
-    best = row_best(row, c);
+    sync_threads();
+    best = summarise(row, wants_sum, log_sum);
     finite = best.value > -INFINITY && best.value < INFINITY;
-    if (!finite) break;
-    float sum = 0.f;
-    for (int i = thread_idx(); i < row.size; i += SAMPLE_THREADS)
-      sum += exp2_approx((row.logits[i] - best.value) * kLog2e);
-    log_sum = best.value + logf(row_sum(row, sum));
-    if (step.forced >= 0) break;
+    if (!finite || shared.step.forced >= 0) break;
 
     const int drawn = draw(row, slot, best);
-    if (leader) {
+    if (is_first) {
       const bool is_eos = is_among(slot.stop_ids, slot.eos_count, drawn);
       const int token = budget_after(shared.budget, p.pool, drawn, is_eos);
       shared.redraw = token == BUDGET_REDRAW && attempt == 0;
       shared.token = token == BUDGET_REDRAW ? drawn : token;
     }
-    sync_cluster();
-    if (!root->redraw) break;
-    sync_cluster();
+    sync_threads();
+    if (!shared.redraw) break;
+    sync_threads();
   }
 
   if (!finite) {
@@ -499,7 +611,8 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
     record.serial = slot.serial;
     record.slot = slot_id;
     record.top_count = found;
-    advance_slot(p, slot, slot_id, shared.budget, token, flags, logit_of(row, token) - log_sum, record);
+    advance_slot(p, slot, slot_id, shared.budget, token, flags, wants_sum ? logit_of(row, token) - log_sum : 0.f,
+                 record);
     publish(p);
   }
   // The leader reads other blocks' logits.

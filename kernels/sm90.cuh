@@ -156,6 +156,7 @@ DEVICE bool warp_any(bool x) { return __any_sync(kFullMask, x); }
 DEVICE bool warp_all(bool x) { return __all_sync(kFullMask, x); }
 DEVICE int popcount(uint32_t x) { return __popc(x); }
 DEVICE int first_set(uint32_t x) { return __ffs(x) - 1; }  // -1 for none
+DEVICE int leading_zeros(uint32_t x) { return __clz(x); }  // 32 for none
 // bar.warp.sync (PTX 9.7.13.2).
 DEVICE void sync_warp() { __syncwarp(); }
 // elect.sync (PTX 9.7.13.15): true in exactly one lane of a converged warp.

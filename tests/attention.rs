@@ -7,7 +7,7 @@ use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::params::{
     ATTN_DECODE_SHARED_D64, ATTN_DECODE_SHARED_D128, ATTN_PREFILL_SHARED_D64, ATTN_PREFILL_SHARED_D128,
-    AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, ROPE_THREADS, Rope, RopeParams, TensorMap,
+    AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, Prefetch, ROPE_THREADS, Rope, RopeParams, TensorMap,
 };
 use ponder::kernels::{
     ATTN_DECODE_D64, ATTN_DECODE_D128, ATTN_PREFILL_D64, ATTN_PREFILL_D128, ROPE_APPEND_D64, ROPE_APPEND_D128,
@@ -174,6 +174,7 @@ impl Cache {
         let partial = device.alloc(parts * heads.group * (heads.head_dim + 2) * 4).unwrap();
         let count = rows.len() * heads.q() * heads.head_dim;
         let out = device.alloc(count * 2).unwrap();
+        let weights = upload(device, &[0u8; 16_000]);
         let params = AttnDecodeParams {
             k_map: self.map(device, &k),
             v_map: self.map(device, &v),
@@ -184,6 +185,11 @@ impl Cache {
             partial: partial.pointer(),
             ticket: ticket.pointer(),
             out: out.pointer(),
+            prefetch: Prefetch {
+                weights: weights.pointer(),
+                bytes: weights.bytes() as u64,
+                share: (weights.bytes() as u64 / grid as u64).next_multiple_of(128),
+            },
             rows: rows.len() as i32,
             q_heads: heads.q() as i32,
             kv_heads: heads.kv as i32,
@@ -302,6 +308,13 @@ fn decode_of_every_group() {
 fn decode_of_padding_only_and_of_sixteen_rows() {
     check_decode(64, 1, 1, &[-1, -1, -1], 2);
     check_decode(64, 1, 2, &[5, 70, -1, 130, 3, 64, 63, 1, 200, -1, 12, 77, 90, 191, 192, 193], 4);
+}
+
+#[test]
+fn decode_of_sixty_four_rows() {
+    let positions: Vec<i32> = (0..64).map(|row| if row % 9 == 4 { -1 } else { row * 37 % 331 }).collect();
+    check_decode(64, 1, 3, &positions, 13);
+    check_decode(128, 2, 1, &positions[..33], 5);
 }
 
 /// Cut at fixed pages, a row is attended to in the same way alone and among others, on any grid.

@@ -141,7 +141,7 @@ fn steps_made(device: &Device, lengths: &[u32], steps: u32) -> Vec<usize> {
     // In reverse order, after padding.
     let row_slot = upload(device, &[&[0, 0], &(1..rows as i32 - 1).rev().collect::<Vec<_>>()[..]].concat());
     let condition = device.begin_loop().unwrap();
-    device.launch(&ops::sample(slots.sample_params(), &logits, &row_slot, rows)).unwrap();
+    device.launch(&ops::sample(slots.sample_params(), &logits, &row_slot, rows, None)).unwrap();
     device.launch(&ops::decode_loop(slots.sample_params(), &row_slot, rows, condition)).unwrap();
     let graph = device.end_capture().unwrap();
     assert!(graph.repeats && graph.launches.len() == 2);

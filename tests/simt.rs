@@ -175,6 +175,23 @@ fn a_read_before_the_wait_for_the_launch_before_is_found() {
     });
 }
 
+/// The third launch reads what the first has written, which has completed if the second lets it start only behind its wait.
+#[test]
+fn a_launch_of_dependents_before_the_wait_is_found() {
+    let words: Vec<u32> = (0..T as u32).collect();
+    let cause = &["reads 4 bytes", "which an earlier launch has written, before pdl_wait()"];
+    Planted::new(&LAUNCH_DEPENDENTS_BEFORE_PDL_WAIT, cause).prove(&words, |device, launch| {
+        let buffers = [0; 4].map(|_| upload(device, &words));
+        for (i, (from, to)) in [(0, 1), (0, 2), (1, 3)].into_iter().enumerate() {
+            let params =
+                PlantedParams { input: buffers[from].pointer(), out: buffers[to].pointer(), ..Default::default() };
+            device.launch(&Launch { pdl: i > 0, ..launch(params) })?;
+        }
+        device.synchronize()?;
+        Ok(download::<u32>(device, &buffers[3]))
+    });
+}
+
 #[test]
 fn divergence_is_found() {
     Planted::new(&PARTIAL_SETMAXNREG, &["setmaxnreg is for whole warpgroups", "threads 0 and 64"]).prove_words(1, same);

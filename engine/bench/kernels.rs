@@ -380,7 +380,7 @@ impl Bench<'_> {
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
             let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
-            let launch = ops::attn_decode(&q, s.heads, &rows, sequences.keys, &pages, &out, &workspace);
+            let launch = ops::attn_decode(&q, s.heads, &rows, sequences.keys, &pages, &out, None, &workspace);
             self.measure("attn_decode", "decode", shape, &launch)?;
         }
         Ok(())
@@ -443,7 +443,7 @@ impl Bench<'_> {
                 let slots = self.slots(s.vocab, count, &sampling)?;
                 let logits = self.random_f32((count * s.vocab) as usize, 3.0)?;
                 let row_slot = self.upload(&(1..=count as i32).collect::<Vec<_>>())?;
-                let launch = ops::sample(slots.sample_params(), &logits, &row_slot, count);
+                let launch = ops::sample(slots.sample_params(), &logits, &row_slot, count, None);
                 self.measure("sample", name, &shape, &launch)?;
             }
         }

@@ -218,7 +218,7 @@ static bool is_ours(const void* p) {
 
 // ---- global memory ----
 
-static bool may_touch_before_wait(const Fiber* f) {
+bool is_behind_wait(const Fiber* f) {
   if (f->pdl_waited || !worker->machine->launch.pdl) return true;
   for (const auto& [component, clock] : f->block->pdl_waits)
     if (seen(f, component) >= clock) return true;
@@ -303,7 +303,7 @@ void check_global(const void* p, uint32_t bytes, int kind, const char* who) {
   }
   check_global_race(a, at, bytes, kind, who);
   const Fiber* f = current;
-  if (!worker->machine->launch.pdl || may_touch_before_wait(f)) return;
+  if (!worker->machine->launch.pdl || is_behind_wait(f)) return;
   for (uint64_t i = (at - a->begin) / 16; i <= (at + bytes - 1 - a->begin) / 16; i++)
     if (a->dirty[i / 64] >> (i % 64) & 1)
       fail("%s %s %u bytes at %p, which an earlier launch has written, before pdl_wait()", who,
@@ -318,11 +318,20 @@ void note_global_write(const void* p, uint32_t bytes) {
     __atomic_fetch_or(&a->fresh[i / 64], 1ull << (i % 64), __ATOMIC_RELAXED);
 }
 
-void end_of_launch(uint64_t stream) {
+void check_prefetch(const void* p, uint32_t bytes) {
+  const Allocation* a = find(p);
+  if ((uint64_t)p % 16 || bytes % 16) fail("bulk_prefetch of %u bytes at %p: both are multiples of 16", bytes, p);
+  if (!a || (uint64_t)p + bytes > a->end)
+    fail("bulk_prefetch of %u bytes at %p, outside of all device memory", bytes, p);
+}
+
+// What the next launch may overlap: this one; and what this one may overlap, unless the next one can only start when all blocks
+// of this one are behind their wait.
+void end_of_launch(uint64_t stream, bool next_starts_behind_wait) {
   std::shared_lock<std::shared_mutex> lock(allocations_mutex);
   for (auto& [end, a] : allocations)
     for (size_t i = 0; i < a->fresh.size() && a->stream == stream; i++) {
-      a->dirty[i] |= a->fresh[i];
+      a->dirty[i] = a->fresh[i] | (next_starts_behind_wait ? 0 : a->dirty[i]);
       a->fresh[i] = 0;
     }
 }

@@ -636,9 +636,17 @@ void set_registers(int count, bool) {
 void pdl_wait() {
   Fiber* f = current;
   f->pdl_waited = true;
-  if (worker->checked) f->block->pdl_waits.push_back({(uint16_t)f->component, f->own});
+  if (!worker->checked) return;
+  if (f->block->pdl_waits.empty()) __atomic_fetch_add(&worker->machine->waited_blocks, 1, __ATOMIC_RELAXED);
+  f->block->pdl_waits.push_back({(uint16_t)f->component, f->own});
 }
-void pdl_launch_dependents() {}
+void pdl_launch_dependents() {
+  if (worker->checked && !is_behind_wait(current))
+    __atomic_store_n(&worker->machine->launches_before_wait, true, __ATOMIC_RELAXED);
+}
+void bulk_prefetch(const void* src, uint32_t bytes) {
+  if (worker->checked) check_prefetch(src, bytes);
+}
 
 // A word of the host, which looks at it when the launch is over.
 void graph_set_condition(uint64_t condition, bool again) {
@@ -823,7 +831,8 @@ extern "C" int simt_run(const SimtLaunch* launch, char* report, uint64_t capacit
   }
   m.clusters = blocks / launch->cluster;
   pool().run(m);
-  if (launch->checked) end_of_launch(launch->stream);
+  if (launch->checked)
+    end_of_launch(launch->stream, !launch->pdl || (!m.launches_before_wait && m.waited_blocks == blocks));
   if (!m.failed) return 0;
   snprintf(report, capacity, "%s", m.report.c_str());
   return 1;

@@ -231,6 +231,9 @@ struct Machine {
   uint32_t failed = 0;
   std::string report;
   uint64_t number = 0;  // of the launch, in this process
+  // Of a checked launch: blocks with a pdl_wait(), and whether a pdl_launch_dependents() came before it.
+  uint64_t waited_blocks = 0;
+  bool launches_before_wait = false;
   // What was released through each flag in global memory.
   std::unordered_map<const void*, Foreign> flags;
   std::mutex flags_mutex;
@@ -315,7 +318,9 @@ void release_flag(const void* p, bool relaxed);
 void acquire_flag(const void* p, bool relaxed);
 void fence_flags();
 void note_global_write(const void* p, uint32_t bytes);
-void end_of_launch(uint64_t stream);
+bool is_behind_wait(const Fiber* f);
+void check_prefetch(const void* p, uint32_t bytes);
+void end_of_launch(uint64_t stream, bool next_starts_behind_wait);
 bool deliver_one(Worker& w, bool only_sometimes);
 std::string describe_barrier(const Barrier* b);
 void finish_thread(Fiber* f);

@@ -28,6 +28,7 @@ void set_registers(int count, bool increase);
 void pdl_wait();
 void pdl_launch_dependents();
 void graph_set_condition(uint64_t condition, bool again);
+void bulk_prefetch(const void* src, uint32_t bytes);
 
 uint32_t atomic_inc_wrap(uint32_t* p, uint32_t last, bool relaxed = false);
 uint32_t atomic_add(uint32_t* p, uint32_t v);
@@ -162,6 +163,7 @@ DEVICE bool warp_any(bool x, SIMT_LINE) { return simt::vote(x, line) != 0; }
 DEVICE bool warp_all(bool x, SIMT_LINE) { return simt::vote(x, line) == kFullMask; }
 DEVICE int popcount(uint32_t x) { return __builtin_popcount(x); }
 DEVICE int first_set(uint32_t x) { return __builtin_ffs((int)x) - 1; }
+DEVICE int leading_zeros(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 DEVICE void sync_warp(SIMT_LINE) { simt::warp_sync(line); }
 DEVICE bool elect_one(SIMT_LINE) { return simt::elect(line); }
 
@@ -221,7 +223,7 @@ DEVICE void bulk_load(void* dst, const void* src, uint32_t bytes, Barrier* b, ui
   simt::bulk_load(dst, src, bytes, b);
 }
 DEVICE void bulk_store(void* dst, const void* src, uint32_t bytes) { simt::bulk_store(dst, src, bytes); }
-DEVICE void bulk_prefetch(const void*, uint32_t) {}
+DEVICE void bulk_prefetch(const void* src, uint32_t bytes) { simt::bulk_prefetch(src, bytes); }
 DEVICE void bulk_commit() { simt::bulk_commit(); }
 template <int N>
 DEVICE void bulk_wait() {

@@ -98,6 +98,16 @@ KERNEL(partial_setmaxnreg, PlantedParams, PLANTED_THREADS) {
   p.out[thread_idx()] = p.input[thread_idx()];
 }
 
+// Copies what the launch before the one before has written, ahead of its wait: the launch between them must let this one start only
+// when it is behind its own wait.
+KERNEL(launch_dependents_before_pdl_wait, PlantedParams, PLANTED_THREADS) {
+  const uint32_t word = p.input[thread_idx()];
+  if (p.planted) pdl_launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
+  p.out[thread_idx()] = word;
+}
+
 // Copies what the launch before may still be writing.
 KERNEL(read_before_pdl_wait, PlantedParams, PLANTED_THREADS) {
   if (!p.planted) pdl_wait();
