@@ -384,6 +384,7 @@ impl RequestArgs {
                 frequency_penalty: sampling.frequency_penalty,
                 seed: sampling.seed,
                 logprobs: None,
+                prompt_logprobs: None,
                 logit_bias: sampling.logit_bias.clone(),
                 allowed_ids: sampling.allowed_ids.clone(),
                 stop_ids: sampling.stop_ids.clone(),

@@ -8,6 +8,8 @@ pub struct Batch {
     pub admissions: Vec<SlotSetup>,
     /// Slots that become inactive (cancelled); finished slots deactivate themselves on the device.
     pub releases: Vec<u32>,
+    /// Slots whose thinking is to end now.
+    pub thinking_ends: Vec<ThinkingEnd>,
     /// New entries of block tables.
     pub pages: Vec<PageEntry>,
     /// Pages to copy before the work: sequences that part where they were one.
@@ -23,6 +25,13 @@ pub enum Work {
     Prefill(Vec<PrefillChunk>),
     /// A token for each of these slots in each of so many steps. A slot that finishes before does nothing from then on.
     Decode { slots: Vec<u32>, steps: u32 },
+}
+
+/// The maximum of a running sequence becomes `at`, which it has reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThinkingEnd {
+    pub slot: u32,
+    pub at: u32,
 }
 
 /// Block table entry: tokens `index * 64 ..` of the sequence in `slot` lie in `page`.
@@ -49,6 +58,28 @@ pub struct PrefillChunk {
     pub position: u32,
     /// The chunk ends the prompt: its last row's logits are sampled.
     pub last: bool,
+    pub scoring: Option<Scoring>,
+}
+
+/// Asks for the log probabilities of prompt tokens: of the one after each token of the chunk, as far as there is one. Only in chunks
+/// of prompts that are computed from their beginning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scoring {
+    /// As many as the chunk has, or, where it ends the prompt, one less.
+    pub next: Vec<u32>,
+    /// How many of the most likely tokens to report as well.
+    pub top: u32,
+}
+
+/// How likely a token of the prompt was after those before it; natural logs, of the model's own distribution.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    pub token: u32,
+    pub logprob: f32,
+    /// 1: none was more likely.
+    pub rank: u32,
+    /// The most likely tokens, best first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Everything the sampler needs to know about a sequence, as the request and the model define it.
@@ -85,6 +116,8 @@ pub struct SamplingParams {
     pub seed: u64,
     /// How many of the most likely tokens to report beside the chosen one.
     pub logprobs: Option<u32>,
+    /// The same for the tokens of the prompt, from the second on.
+    pub prompt_logprobs: Option<u32>,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
     /// Only these tokens may be drawn.
@@ -174,4 +207,6 @@ pub struct TokenEvent {
     pub logprob: f32,
     /// The most likely tokens, best first.
     pub top: Vec<(u32, f32)>,
+    /// With the first token: the prompt's from the second on, if they were asked for.
+    pub prompt: Vec<Score>,
 }

@@ -15,11 +15,14 @@ use std::sync::Once;
 pub struct Message {
     pub role: String,
     pub content: String,
+    /// What an earlier answer thought; templates that want it call it so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
 }
 
 impl Message {
     pub fn new(role: &str, content: impl Into<String>) -> Message {
-        Message { role: role.into(), content: content.into() }
+        Message { role: role.into(), content: content.into(), reasoning_content: None }
     }
 }
 

@@ -37,6 +37,8 @@ pub struct Update {
     pub token: Option<TokenEvent>,
     pub text: Vec<Piece>,
     pub finish: Option<FinishReason>,
+    /// What has ended it, if it was one of those.
+    pub stop_string: Option<String>,
 }
 
 impl Engine {
@@ -153,7 +155,7 @@ pub(crate) fn accept(
 impl Update {
     /// A stop string has ended it, of which the device does not know.
     pub(crate) fn is_stopped(&self) -> bool {
-        self.finish.is_some() && self.token.as_ref().is_some_and(|token| token.finish.is_none())
+        self.stop_string.is_some() && self.token.as_ref().is_some_and(|token| token.finish.is_none())
     }
 }
 
@@ -179,9 +181,11 @@ impl Texts {
             return self.end(request, FinishReason::Error);
         }
         let transcript = self.open.get_mut(&request)?;
-        let (text, stopped) = transcript.push(&event, self.frontend.tokenizer.token_bytes(event.token));
+        let tokenizer = &self.frontend.tokenizer;
+        let (bytes, special) = (tokenizer.token_bytes(event.token), tokenizer.is_special(event.token));
+        let (text, stop_string) = transcript.push(&event, bytes, special);
         let finish = match event.finish {
-            _ if stopped => Some(FinishReason::Stop),
+            _ if stop_string.is_some() => Some(FinishReason::Stop),
             Some(Finish::Stop) => Some(FinishReason::Stop),
             Some(Finish::Length) => Some(FinishReason::Length),
             Some(Finish::Error) => unreachable!("handled above"),
@@ -190,7 +194,7 @@ impl Texts {
         if finish.is_some() {
             self.open.remove(&request);
         }
-        Some(Update { request, token: Some(event), text, finish })
+        Some(Update { request, token: Some(event), text, finish, stop_string })
     }
 
     /// None for one that is not open.
@@ -201,6 +205,6 @@ impl Texts {
     /// Without another token.
     fn end(&mut self, request: RequestId, reason: FinishReason) -> Option<Update> {
         let mut transcript = self.open.remove(&request)?;
-        Some(Update { request, token: None, text: transcript.finish(), finish: Some(reason) })
+        Some(Update { request, token: None, text: transcript.finish(), finish: Some(reason), stop_string: None })
     }
 }

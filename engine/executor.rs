@@ -1,7 +1,7 @@
 //! Runs steps: a [`Batch`] becomes launches, on a GPU as one graph per decode bucket. Steps are enqueued and never waited for
 //! one by one; what they made is read from the ring later. Must not know requests, text, or why a batch is what it is.
 
-use crate::batch::{Batch, PrefillChunk, TokenEvent, Work};
+use crate::batch::{Batch, PrefillChunk, Score, Scoring, TokenEvent, Work};
 use crate::config::ModelConfig;
 use crate::device::simulated::SimulatedGpu;
 use crate::device::{Buffer, Device, Graph, Launch};
@@ -9,10 +9,11 @@ use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTil
 use crate::kv_cache::KvCache;
 use crate::model::{self, Activations, Model, PrefillStep, Weights};
 use crate::ops::{self, Rows, Tiles};
+use crate::scoring;
 use crate::slots::{self, Slots};
 use crate::tiles::{ChunkRows, prefill_tiles};
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 /// Rows of the decode steps that are recorded; a batch takes the smallest that holds it, the rest is padding.
@@ -195,6 +196,8 @@ pub struct Executor {
     /// Tokens of each slot's sequence, those in flight included.
     lengths: Vec<u32>,
     in_flight: u32,
+    /// By slot: whose prompt is to be reported on, and what is known of it so far.
+    scores: HashMap<u32, (u32, Vec<Score>)>,
     profile: Option<BTreeMap<&'static str, KernelCost>>,
 }
 
@@ -270,6 +273,7 @@ impl Executor {
             looping: false,
             decode_slots: [0; MAX_DECODE_ROWS as usize],
             in_flight: 0,
+            scores: HashMap::new(),
             profile: options.profile.then(BTreeMap::new),
         };
         if options.graphs && !options.profile {
@@ -350,8 +354,15 @@ impl Executor {
         for &slot in &batch.releases {
             self.slots.release(slot)?;
         }
+        for end in &batch.thinking_ends {
+            self.slots.end_thinking(end)?;
+        }
         for setup in &batch.admissions {
             self.slots.admit(setup)?;
+            self.scores.remove(&setup.slot);
+            if setup.sampling.prompt_logprobs.is_some() {
+                self.scores.insert(setup.slot, (setup.serial, Vec::new()));
+            }
         }
         self.cache.set_pages(&self.device, &batch.pages)?;
         self.cache.copy_pages(&self.device, &batch.copies)?;
@@ -451,6 +462,31 @@ impl Executor {
         let launches = self.model.prefill(&step, &self.cache, &self.slots, &self.activations)?;
         self.launch(launches)?;
         self.in_flight += !last_rows.is_empty() as u32;
+        self.score(chunks)
+    }
+
+    /// Reports on prompt tokens where that is asked for: the logits of their rows are made, as many at a time as in decode, and
+    /// read here. That waits for everything, and everything for it.
+    fn score(&mut self, chunks: &[PrefillChunk]) -> Result<()> {
+        let mut row = 0;
+        for chunk in chunks {
+            if let Some(Scoring { next, top }) = &chunk.scoring {
+                let mut scores = Vec::with_capacity(next.len());
+                let mut first = row;
+                for next in next.chunks(MAX_DECODE_ROWS as usize) {
+                    let rows: Vec<i32> = (first..).take(next.len()).collect();
+                    self.device.upload(&self.inputs.last_rows, 0, bytemuck::cast_slice(&rows))?;
+                    let rows = (&self.inputs.last_rows, next.len() as u32);
+                    self.launch(self.model.logits(rows, &self.activations)?.into())?;
+                    scores.extend(scoring::scores(&self.logits(next.len())?, next, *top));
+                    first += next.len() as i32;
+                }
+                let (_, before) = self.scores.get_mut(&chunk.slot).expect("its admission asked for it");
+                before.truncate(chunk.position as usize);
+                before.extend(scores);
+            }
+            row += chunk.tokens.len() as i32;
+        }
         Ok(())
     }
 
@@ -482,8 +518,13 @@ impl Executor {
             turn += 1;
             // Before the ring is read: what has finished has also published its tokens.
             let finished = turn.is_multiple_of(turns_per_query) && self.device.is_finished()?;
-            if let Some(events) = self.slots.pop() {
+            if let Some(mut events) = self.slots.pop() {
                 self.in_flight -= 1;
+                for event in &mut events {
+                    if self.scores.get(&event.slot).is_some_and(|(serial, _)| *serial == event.serial) {
+                        event.prompt = self.scores.remove(&event.slot).map(|(_, scores)| scores).unwrap_or_default();
+                    }
+                }
                 return Ok(Some(events));
             }
             if finished {

@@ -31,6 +31,10 @@ pub struct Request {
     /// None: as many as fit.
     pub max_tokens: Option<u32>,
     pub stop: Vec<String>,
+    /// The stop string that ends the answer belongs to it.
+    pub include_stop: bool,
+    /// Special tokens have no text.
+    pub hide_special: bool,
     pub sampling: SamplingRequest,
     pub budget: BudgetRequest,
     /// How many requests that came earlier it goes before.
@@ -92,9 +96,37 @@ impl Frontend {
                 "the model has no chat template: give the prompt as it is, with --raw",
             ));
         };
-        let mut ids = self.tokenizer.encode(&template.render(messages, true, variables)?)?;
+        let (messages, mark) = self.mark_special(messages)?;
+        let mut ids = Vec::new();
+        for part in template.render(&messages, true, variables)?.split(mark) {
+            ids.extend(self.tokenizer.encode(part)?);
+        }
         ids.extend(self.delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));
         Ok(ids)
+    }
+
+    /// The messages with a mark inside whatever would be read as a special token, so that none of them can pretend to be what only
+    /// the template says; and the mark, which stands nowhere else.
+    fn mark_special(&self, messages: &[Message]) -> Result<(Vec<Message>, char)> {
+        // Characters that Unicode keeps for such purposes.
+        let mark = ('\u{fdd0}'..='\u{fdef}').find(|&mark| messages.iter().all(|m| !m.content.contains(mark)));
+        let mark = mark.ok_or_else(|| Error::request("messages", "they hold every character that is no character"))?;
+        let delimiters: Vec<String> =
+            self.delimiters.iter().flat_map(|d| [&d.start, &d.end]).map(|ids| self.tokenizer.decode(ids)).collect();
+        let marked = messages.iter().map(|message| {
+            let mut message = message.clone();
+            // Earlier answers are shown with the tags of their thinking, which templates look for.
+            let own: &[String] = if message.role == "assistant" { &[] } else { &delimiters };
+            for text in self.tokenizer.special_tokens().iter().chain(own).filter(|text| !text.is_empty()) {
+                if message.content.contains(text.as_str()) {
+                    let first = text.chars().next().expect("not empty").len_utf8();
+                    let apart = format!("{}{mark}{}", &text[..first], &text[first..]);
+                    message.content = message.content.replace(text.as_str(), &apart);
+                }
+            }
+            message
+        });
+        Ok((marked.collect(), mark))
     }
 
     /// A request as the scheduler takes it, `serial` being its number; and what makes text of its tokens.
@@ -102,7 +134,7 @@ impl Frontend {
     /// # Errors
     /// What could never be served in a context of so many tokens.
     pub fn accept(&self, request: &Request, serial: u32, context: u32) -> Result<(SlotSetup, Transcript)> {
-        let Request { prompt, max_tokens, stop, sampling, budget, .. } = request;
+        let Request { prompt, max_tokens, stop, include_stop, hide_special, sampling, budget, .. } = request;
         if prompt.is_empty() {
             return Err(Error::request("prompt", "empty: there is nothing to answer"));
         }
@@ -138,7 +170,8 @@ impl Frontend {
             sampling: sampling.validate(&self.config.defaults, self.config.vocab_size, &self.config.eos_token_ids)?,
             budget: budget.validate(self.delimiters.as_ref(), &self.tokenizer, prompt)?,
         };
-        let close = setup.budget.as_ref().map(|b| self.tokenizer.decode(&b.close)).unwrap_or_default();
-        Ok((setup, Transcript::new(stop.clone(), close)))
+        let close: String = setup.budget.as_ref().map(|b| self.tokenizer.decode(&b.close)).unwrap_or_default();
+        let transcript = Transcript::new(stop.clone(), close).show_stop(*include_stop).hide_special(*hide_special);
+        Ok((setup, transcript))
     }
 }

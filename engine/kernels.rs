@@ -212,6 +212,11 @@ pub mod budget {
             &self.state
         }
 
+        /// As if the budget had been that from the beginning.
+        pub fn set_max_thinking(&mut self, tokens: i32) {
+            self.state.max_thinking = tokens;
+        }
+
         pub fn before(&mut self) -> Step {
             let mut step = [0; 3];
             // SAFETY: the pool holds every string, and the step has room for three.

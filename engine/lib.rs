@@ -23,6 +23,7 @@ pub mod model;
 pub mod ops;
 pub mod sampling;
 pub mod scheduler;
+pub mod scoring;
 pub mod sequence;
 pub mod server;
 pub mod service;

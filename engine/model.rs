@@ -208,14 +208,19 @@ impl Model {
             ]);
         }
         if step.sampled > 0 {
-            let (n, last) = (step.sampled, Some(step.last_rows));
-            launches.extend([
-                ops::rms_norm(&a.residual, &self.final_norm, last, n, &a.normed),
-                ops::gemv(device, Input::Plain(&a.normed), &self.head, n, Output::Logits(&a.logits), &a.workspace)?,
-                ops::sample(slots.sample_params(), &a.logits, step.last_slots, n, None),
-            ]);
+            launches.extend(self.logits((step.last_rows, step.sampled), a)?);
+            launches.push(ops::sample(slots.sample_params(), &a.logits, step.last_slots, step.sampled, None));
         }
         Ok(launches)
+    }
+
+    /// The logits of some rows of a prefill that has been: [count][vocab], of at most as many rows as decode has.
+    pub fn logits(&self, (rows, count): (&Buffer, u32), a: &Activations) -> Result<[Launch; 2]> {
+        let into = Output::Logits(&a.logits);
+        Ok([
+            ops::rms_norm(&a.residual, &self.final_norm, Some(rows), count, &a.normed),
+            ops::gemv(&self.device, Input::Plain(&a.normed), &self.head, count, into, &a.workspace)?,
+        ])
     }
 
     /// One token for each row. The same launches for every step of so many rows; `keys`, the tokens of all rows' sequences,

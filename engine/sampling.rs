@@ -24,6 +24,8 @@ pub struct SamplingRequest {
     pub seed: Option<u64>,
     /// How many of the most likely tokens to report with each token.
     pub logprobs: Option<u32>,
+    /// The same for each token of the prompt but the first.
+    pub prompt_logprobs: Option<u32>,
     pub logit_bias: Vec<(u32, f32)>,
     pub allowed_ids: Option<Vec<u32>>,
     pub stop_ids: Vec<u32>,
@@ -71,12 +73,11 @@ impl SamplingRequest {
         if repetition_penalty < 0.01 {
             return Err(Error::request("repetition_penalty", format!("{repetition_penalty} is not at least 0.01")));
         }
-        if self.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS) {
-            let n = self.logprobs.unwrap();
-            return Err(Error::request(
-                "logprobs",
-                format!("{n} is more than {MAX_TOP_LOGPROBS}, the most that are reported"),
-            ));
+        for (name, asked) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            if let Some(n) = asked.filter(|&n| n > MAX_TOP_LOGPROBS) {
+                let problem = format!("{n} is more than {MAX_TOP_LOGPROBS}, the most that are reported");
+                return Err(Error::request(name, problem));
+            }
         }
         let known = |name: &'static str, id: u32| match (id as usize) < vocab_size {
             true => Ok(()),
@@ -125,6 +126,7 @@ impl SamplingRequest {
             frequency_penalty: number("frequency_penalty", self.frequency_penalty, 0.0, -2.0..=2.0)?,
             seed: self.seed.unwrap_or(0),
             logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
             logit_bias: self.logit_bias.clone(),
             allowed: self.allowed_ids.clone(),
             stop_ids,

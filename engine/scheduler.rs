@@ -10,7 +10,7 @@
 //!
 //! Invariant ([`Scheduler::check`]): whoever is preempted is behind all that hold pages. Knows no device and no text.
 
-use crate::batch::{Batch, Finish, PrefillChunk, SlotSetup, TokenEvent, Work};
+use crate::batch::{Accounting, Batch, Finish, PrefillChunk, Scoring, SlotSetup, ThinkingEnd, TokenEvent, Work};
 use crate::blocks::{Blocks, PageHash};
 use std::collections::{BTreeMap, HashMap};
 
@@ -92,6 +92,8 @@ struct Sequence {
     most: u32,
     /// Tokens generated, or to come from a step in flight.
     launched: u32,
+    /// Of those generated, the thinking ones that the host has seen.
+    thought: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,8 +125,12 @@ impl Sequence {
         self.prompt + self.most - 1
     }
 
-    /// Names of the pages that it may find computed: the last token is computed in any case, because its logits are needed.
+    /// Names of the pages that it may find computed: the last token is computed in any case, because its logits are needed; all
+    /// are where those of all are asked for.
     fn findable(&self, page_tokens: u32) -> &[PageHash] {
+        if self.setup.sampling.prompt_logprobs.is_some() {
+            return &[];
+        }
         &self.hashes[..(self.tokens.len() - 1) / page_tokens as usize]
     }
 
@@ -151,6 +157,8 @@ pub struct Scheduler {
     free_slots: Vec<u32>,
     /// Slots that the device must be told about: their sequences did not end by themselves.
     releases: Vec<u32>,
+    /// Slots that a batch has yet to tell so.
+    thinking_ends: Vec<ThinkingEnd>,
     prefilled_last: bool,
     /// The last of the last decode step: where there are more sequences than rows, those after it are next.
     decoded_last: Option<Rank>,
@@ -173,6 +181,7 @@ impl Scheduler {
             places: HashMap::new(),
             free_slots: (1..limits.slots).rev().collect(),
             releases: Vec::new(),
+            thinking_ends: Vec::new(),
             prefilled_last: false,
             decoded_last: None,
             counters: Counters::default(),
@@ -199,6 +208,7 @@ impl Scheduler {
             prompt,
             most,
             launched: 0,
+            thought: 0,
         };
         sequence.name_pages(self.limits.page_tokens);
         let before = self.places.insert(rank.serial, Place::Waiting(rank));
@@ -222,6 +232,27 @@ impl Scheduler {
         true
     }
 
+    /// Makes a sequence end its thinking as if it had reached its maximum; nothing happens where no budget is kept.
+    pub fn end_thinking(&mut self, serial: u32) {
+        match self.places.get(&serial) {
+            None => {}
+            Some(Place::Waiting(rank)) => {
+                let sequence = self.waiting.get_mut(rank).expect("it waits");
+                if let Some(budget) = &mut sequence.setup.budget {
+                    budget.max_thinking_tokens = Some(0);
+                }
+            }
+            Some(&Place::Seated(slot)) => {
+                let sequence = self.seated(slot);
+                if let Some(budget) = &sequence.setup.budget {
+                    // Other accountings count less than what is reported, which only serves to end with a whole character.
+                    let at = if budget.accounting == Accounting::Strict { sequence.thought } else { 0 };
+                    self.thinking_ends.push(ThinkingEnd { slot, at });
+                }
+            }
+        }
+    }
+
     /// Takes note of a token. False when it ran past the end: its sequence has ended already.
     pub fn received(&mut self, event: &TokenEvent) -> bool {
         let seat = self.seats[event.slot as usize].as_mut();
@@ -237,6 +268,7 @@ impl Scheduler {
         // The step that made this token has put those before it into the cache.
         let cached = sequence.tokens.len() as u32;
         sequence.tokens.push(event.token);
+        sequence.thought = event.reasoning_tokens;
         assert_eq!(sequence.received(), event.generated, "a token was lost or repeated");
         assert!(event.generated <= sequence.launched, "a token without a step");
         let page_tokens = self.limits.page_tokens;
@@ -287,7 +319,13 @@ impl Scheduler {
         // A slot that has a new sequence is no longer the old one's to release.
         batch.releases = std::mem::take(&mut self.releases);
         batch.releases.retain(|slot| !batch.admissions.iter().any(|a| a.slot == *slot));
-        let idle = matches!(batch.work, Work::Nothing) && batch.releases.is_empty();
+        // One that has ended meanwhile has its slot no longer.
+        batch.thinking_ends = std::mem::take(&mut self.thinking_ends);
+        batch.thinking_ends.retain(|end| {
+            self.seats[end.slot as usize].is_some() && !batch.admissions.iter().any(|a| a.slot == end.slot)
+        });
+        let changes = !batch.releases.is_empty() || !batch.thinking_ends.is_empty();
+        let idle = matches!(batch.work, Work::Nothing) && !changes;
         (!idle).then_some(batch)
     }
 
@@ -328,7 +366,11 @@ impl Scheduler {
         *room -= end - position;
         self.counters.prefilled_tokens += u64::from(end - position);
         let tokens = sequence.tokens[position as usize..end as usize].to_vec();
-        PrefillChunk { slot, tokens, position, last }
+        // What has been reported is not reported again after a preemption.
+        let asked = sequence.setup.sampling.prompt_logprobs.filter(|_| sequence.received() == 0);
+        let after = &sequence.tokens[position as usize + 1..all.min(end + 1) as usize];
+        let scoring = asked.map(|top| Scoring { next: after.to_vec(), top });
+        PrefillChunk { slot, tokens, position, last, scoring }
     }
 
     /// Gives the next sequence in order pages for all its tokens, and a seat if it has none. Who does not fit yet holds up
@@ -468,7 +510,7 @@ impl Scheduler {
 
     /// Whether steps in flight keep something waiting that could go on without them.
     pub fn has_news(&self) -> bool {
-        !self.waiting.is_empty() || !self.releases.is_empty()
+        !self.waiting.is_empty() || !self.releases.is_empty() || !self.thinking_ends.is_empty()
     }
 
     /// Takes note that no step is in flight: those whose tokens have not come were left out.

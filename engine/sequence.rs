@@ -59,6 +59,7 @@ pub struct Transcript {
     delimiter: String,
     /// Of the last token.
     channel: Channel,
+    hide_special: bool,
 }
 
 impl Transcript {
@@ -70,18 +71,35 @@ impl Transcript {
             close,
             delimiter: String::new(),
             channel: Channel::Answer,
+            hide_special: false,
         }
     }
 
-    /// The text that is certain now, and whether a stop string has completed. `bytes` are those of the token; one that ends
-    /// the sequence has no text.
-    pub fn push(&mut self, event: &TokenEvent, bytes: &[u8]) -> (Vec<Piece>, bool) {
+    /// Special tokens have no text. They still are delimiters.
+    pub fn hide_special(mut self, hide: bool) -> Transcript {
+        self.hide_special = hide;
+        self
+    }
+
+    /// The stop string that ends the text is shown as well.
+    pub fn show_stop(mut self, show: bool) -> Transcript {
+        self.stop.show = show;
+        self
+    }
+
+    /// The text that is certain now, and the stop string that has completed. `bytes` are those of the token, which is a special
+    /// one or not; one that ends the sequence has no text.
+    pub fn push(&mut self, event: &TokenEvent, bytes: &[u8], special: bool) -> (Vec<Piece>, Option<String>) {
         let mut pieces = Vec::with_capacity(1);
         let ends = event.finish == Some(Finish::Stop);
-        let text = if ends { self.detokenizer.finish() } else { self.detokenizer.push(bytes) };
+        let mut text = if ends { self.detokenizer.finish() } else { self.detokenizer.push(bytes) };
         self.channel = self.channel(event, &text);
-        let stopped = self.stop.push(Piece { text, channel: self.channel, injected: event.injected }, &mut pieces);
-        if event.finish.is_some() && !stopped {
+        if special && self.hide_special && !ends {
+            text.clear();
+        }
+        let piece = Piece { text, channel: self.channel, injected: event.injected };
+        let stopped = self.stop.push(piece, &mut pieces).map(String::from);
+        if event.finish.is_some() && stopped.is_none() {
             pieces.extend(self.finish());
         }
         (pieces, stopped)
@@ -91,7 +109,7 @@ impl Transcript {
     pub fn finish(&mut self) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let text = self.detokenizer.finish();
-        if !self.stop.push(Piece { text, channel: self.channel, injected: false }, &mut pieces) {
+        if self.stop.push(Piece { text, channel: self.channel, injected: false }, &mut pieces).is_none() {
             pieces.extend(self.stop.flush());
         }
         pieces
@@ -116,32 +134,36 @@ struct StopStrings {
     held: VecDeque<Piece>,
     /// Their text.
     text: String,
+    /// What is found belongs to the text.
+    show: bool,
 }
 
 impl StopStrings {
     fn new(strings: Vec<String>) -> StopStrings {
         assert!(strings.iter().all(|s| !s.is_empty()), "an empty stop string stands everywhere");
-        StopStrings { strings, held: VecDeque::new(), text: String::new() }
+        StopStrings { strings, held: VecDeque::new(), text: String::new(), show: false }
     }
 
-    /// Appends to `out` what no stop string can touch any more. True when one has completed: the text ends before it.
-    fn push(&mut self, piece: Piece, out: &mut Vec<Piece>) -> bool {
+    /// Appends to `out` what no stop string can touch any more. The one that has completed: the text ends with it.
+    fn push(&mut self, piece: Piece, out: &mut Vec<Piece>) -> Option<&str> {
         if piece.text.is_empty() {
-            return false;
+            return None;
         }
         if self.strings.is_empty() {
             out.push(piece);
-            return false;
+            return None;
         }
         self.text.push_str(&piece.text);
         self.held.push_back(piece);
-        let found = self.strings.iter().filter_map(|s| self.text.find(s.as_str())).min();
-        self.release(found.unwrap_or_else(|| self.text.len() - self.possible_beginning()), out);
-        if found.is_some() {
-            self.held.clear();
-            self.text.clear();
-        }
-        found.is_some()
+        let places = self.strings.iter().enumerate().filter_map(|(i, s)| Some((self.text.find(s.as_str())?, i)));
+        let Some((at, index)) = places.min() else {
+            self.release(self.text.len() - self.possible_beginning(), out);
+            return None;
+        };
+        self.release(if self.show { at + self.strings[index].len() } else { at }, out);
+        self.held.clear();
+        self.text.clear();
+        Some(&self.strings[index])
     }
 
     fn flush(&mut self) -> Vec<Piece> {
@@ -179,6 +201,8 @@ pub struct Answer {
     pub tokens: Vec<TokenEvent>,
     pub pieces: Vec<Piece>,
     pub finish: Option<FinishReason>,
+    /// What ended it, if it was one of those.
+    pub stop_string: Option<String>,
 }
 
 impl Answer {

@@ -42,6 +42,7 @@ struct Progress {
 enum Command {
     Submit(Box<Submission>),
     Cancel(RequestId),
+    EndThinking(RequestId),
     Stop,
 }
 
@@ -91,6 +92,11 @@ impl Service {
 
     pub fn frontend(&self) -> &Frontend {
         &self.frontend
+    }
+
+    /// Makes a request end its thinking now, as if it had reached its maximum; nothing happens where it does not think, or no more.
+    pub fn end_thinking(&self, id: RequestId) {
+        let _ = self.commands.send(Command::EndThinking(id));
     }
 
     /// Longest sequence: prompt and answer.
@@ -223,6 +229,7 @@ fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<M
         match next {
             Some(Command::Submit(submission)) => stepper.submit(*submission),
             Some(Command::Cancel(id)) => drop(stepper.cancel(id.0)),
+            Some(Command::EndThinking(id)) => stepper.end_thinking(id.0),
             Some(Command::Stop) => break,
             None => match stepper.step() {
                 Ok(events) if events.is_empty() => {}

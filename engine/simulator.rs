@@ -7,7 +7,7 @@
 //! therefore changes its tokens. Thinking and budgets are real: the sampler's own state machine decides (kernels/budget.cuh).
 //! Must not know requests or text.
 
-use crate::batch::{Batch, Finish, SlotSetup, TokenEvent, Work};
+use crate::batch::{Batch, Finish, Score, Scoring, SlotSetup, TokenEvent, Work};
 use crate::config::ModelConfig;
 use crate::device::simulated::SimulatedGpu;
 use crate::executor::MemoryPlan;
@@ -52,6 +52,8 @@ struct Seat {
     /// Tokens of the sequence.
     length: u32,
     generated: u32,
+    /// Of the prompt, if asked for, until the first token.
+    scores: Vec<Score>,
 }
 
 impl Simulator {
@@ -100,6 +102,9 @@ impl Simulator {
             assert_eq!(table.len() as u32, entry.index, "block tables grow in order");
             table.push(entry.page);
         }
+        for end in &batch.thinking_ends {
+            self.seat(end.slot).machine.set_max_thinking(end.at as i32);
+        }
         let size = PAGE_TOKENS as usize;
         for copy in &batch.copies {
             self.pages.copy_within(copy.from as usize * size..(copy.from as usize + 1) * size, copy.to as usize * size);
@@ -111,6 +116,12 @@ impl Simulator {
                 for chunk in chunks {
                     for (&token, position) in chunk.tokens.iter().zip(chunk.position..) {
                         self.append(chunk.slot, position, token);
+                    }
+                    if let Some(Scoring { next, .. }) = &chunk.scoring {
+                        let certain = |&token| Score { token, logprob: 0.0, rank: 1, top: Vec::new() };
+                        let scores = &mut self.seat(chunk.slot).scores;
+                        scores.truncate(chunk.position as usize);
+                        scores.extend(next.iter().map(certain));
                     }
                     if chunk.last {
                         events.extend(self.sample(chunk.slot));
@@ -206,6 +217,7 @@ impl Seat {
             last_token: *setup.tokens.last().expect("a prompt is never empty"),
             length: setup.tokens.len() as u32,
             generated: 0,
+            scores: Vec::new(),
         }
     }
 
@@ -245,6 +257,7 @@ impl Seat {
             reasoning_tokens: self.machine.state().reasoning_tokens as u32,
             logprob: 0.0,
             top: Vec::new(),
+            prompt: std::mem::take(&mut self.scores),
         }
     }
 

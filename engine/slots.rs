@@ -2,7 +2,7 @@
 //! Must not know requests or text.
 
 use crate::Result;
-use crate::batch::{Accounting, BudgetParams, Finish, OnEnd, SamplingParams, SlotSetup, TokenEvent};
+use crate::batch::{Accounting, BudgetParams, Finish, OnEnd, SamplingParams, SlotSetup, ThinkingEnd, TokenEvent};
 use crate::device::ring::Ring;
 use crate::device::{Buffer, Device};
 use crate::kernels::params::*;
@@ -115,6 +115,13 @@ impl Slots {
     pub fn release(&self, slot: u32) -> Result<()> {
         let at = slot as usize * size_of::<SlotState>() + offset_of!(SlotState, flags);
         self.device.upload(&self.states, at, bytemuck::bytes_of(&0u32))
+    }
+
+    /// Lowers the maximum of a sequence's thinking to what it has reached, in stream order.
+    pub fn end_thinking(&self, end: &ThinkingEnd) -> Result<()> {
+        let field = offset_of!(SlotState, budget) + offset_of!(Budget, max_thinking);
+        let at = end.slot as usize * size_of::<SlotState>() + field;
+        self.device.upload(&self.states, at, bytemuck::bytes_of(&(end.at as i32)))
     }
 
     /// Loops on the device end so many steps after those popped ([`Ring::run_for`]).
@@ -265,5 +272,6 @@ fn event(record: &TokenRecord) -> TokenEvent {
         reasoning_tokens: record.reasoning_tokens as u32,
         logprob: record.logprob,
         top: record.top_ids[..top].iter().map(|&id| id as u32).zip(record.top_logprobs).collect(),
+        prompt: Vec::new(),
     }
 }

@@ -172,6 +172,12 @@ impl Stepper {
         known
     }
 
+    /// Makes a sequence end its thinking now, if it thinks and a budget is kept.
+    pub fn end_thinking(&mut self, serial: u32) {
+        self.scheduler.end_thinking(serial);
+        self.break_in();
+    }
+
     /// Whether [`Stepper::step`] would do nothing.
     pub fn is_idle(&self) -> bool {
         self.scheduler.waiting() + self.scheduler.running() == 0

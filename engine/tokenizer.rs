@@ -10,6 +10,8 @@ pub struct Tokenizer {
     /// Bytes of every id below the vocabulary size; empty for ids that are no token.
     bytes: Bytes,
     special: Vec<bool>,
+    /// Their text.
+    special_tokens: Vec<String>,
 }
 
 /// Strings of bytes, end to end: a step of many sequences looks up as many tokens, all over the vocabulary.
@@ -81,7 +83,8 @@ impl Tokenizer {
                 None => token_bytes(&token, &alphabet),
             };
         }
-        Ok(Tokenizer { inner, bytes: Bytes::new(bytes.iter().map(|b| &**b)), special })
+        let special_tokens = added.values().filter(|token| token.special).map(|token| token.content.clone()).collect();
+        Ok(Tokenizer { inner, bytes: Bytes::new(bytes.iter().map(|b| &**b)), special, special_tokens })
     }
 
     /// For benches, whose prompts are ids and whose answers nobody reads: every id is a token that spells a space.
@@ -90,6 +93,7 @@ impl Tokenizer {
             inner: tokenizers::Tokenizer::new(tokenizers::models::wordlevel::WordLevel::default()),
             bytes: Bytes::new((0..vocab_size).map(|_| b" ".as_slice())),
             special: vec![false; vocab_size],
+            special_tokens: Vec::new(),
         }
     }
 
@@ -110,6 +114,11 @@ impl Tokenizer {
     /// The bytes of a token; empty for ids that are no token.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.bytes.get(id as usize)
+    }
+
+    /// How special tokens are written; in a text they are read as such.
+    pub fn special_tokens(&self) -> &[String] {
+        &self.special_tokens
     }
 
     pub fn is_special(&self, id: u32) -> bool {

@@ -66,7 +66,7 @@ fn dummy_logits(device: &Device) -> Vec<f32> {
     let traits = vec![64; config.vocab_size];
     let options = ExecutorOptions { graphs: false, ..Default::default() };
     let mut executor = Executor::new(device, &config, Weights::Dummy, &traits, &options, &mut |_, _| {}).unwrap();
-    let chunk = PrefillChunk { slot: 1, tokens: (0..70).collect(), position: 0, last: true };
+    let chunk = PrefillChunk { slot: 1, tokens: (0..70).collect(), position: 0, last: true, scoring: None };
     let pages = (0..2).map(|i| ponder::batch::PageEntry { slot: 1, index: i, page: i + 1 }).collect();
     executor.submit(&Batch { pages, work: Work::Prefill(vec![chunk]), ..Default::default() }).unwrap();
     executor.logits(1).unwrap()

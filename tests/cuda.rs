@@ -117,7 +117,7 @@ fn child() {
         }
         "model" => {
             let mut executor = executor(&device, DecodeLoop::Step);
-            let chunk = PrefillChunk { slot: 1, tokens: vec![300; 20], position: 0, last: true };
+            let chunk = PrefillChunk { slot: 1, tokens: vec![300; 20], position: 0, last: true, scoring: None };
             executor.submit(&Batch { work: Work::Prefill(vec![chunk]), ..Default::default() }).unwrap();
             for slots in [vec![1], vec![1, 2, 3]] {
                 executor.submit(&Batch { work: Work::Decode { slots, steps: 1 }, ..Default::default() }).unwrap();

@@ -28,7 +28,7 @@ run() {
 
 failed=0
 pids=()
-for name in safetensors config thinking template; do
+for name in safetensors config thinking template request; do
     run "$name" &
     pids+=($!)
     if ((${#pids[@]} == 2)); then
@@ -36,4 +36,5 @@ for name in safetensors config thinking template; do
         pids=()
     fi
 done
+for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
 exit $failed

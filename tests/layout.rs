@@ -9,7 +9,7 @@ const LOGIC: &[&str] =
     &["args", "blocks", "budget", "chat", "frontend", "sampling", "scheduler", "sequence", "thinking", "tokenizer"];
 /// Devices, kernels, the model: never sees a request.
 const COMPUTE: &[&str] =
-    &["device", "executor", "kernels", "kv_cache", "model", "ops", "simulator", "slots", "tiles", "tiling"];
+    &["device", "executor", "kernels", "kv_cache", "model", "ops", "scoring", "simulator", "slots", "tiles", "tiling"];
 /// What both may use, and which uses neither: one step's work, and what the model folder says.
 const SHARED: &[&str] = &["batch", "checkpoint", "config", "error"];
 /// What may use both.

@@ -86,7 +86,8 @@ impl Runner {
         let pieces = prompt.chunks(piece).count();
         for (i, tokens) in prompt.chunks(piece).enumerate() {
             let position = (i * piece) as u32;
-            let chunk = PrefillChunk { slot: 1, tokens: tokens.to_vec(), position, last: i + 1 == pieces };
+            let chunk =
+                PrefillChunk { slot: 1, tokens: tokens.to_vec(), position, last: i + 1 == pieces, scoring: None };
             let pages = self.pages(position + tokens.len() as u32);
             let admissions = std::mem::take(&mut admissions);
             let batch = Batch { admissions, pages, work: Work::Prefill(vec![chunk]), ..Default::default() };

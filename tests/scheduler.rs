@@ -55,6 +55,7 @@ fn sampling() -> SamplingParams {
         frequency_penalty: 0.0,
         seed: 0,
         logprobs: None,
+        prompt_logprobs: None,
         logit_bias: vec![],
         allowed: None,
         stop_ids: vec![],
@@ -174,7 +175,7 @@ impl Device {
             let seat = &self.seats[&slot];
             if seat.active {
                 let (position, token) = (seat.tokens.len() as u32 - 1, *seat.tokens.last().unwrap());
-                self.append(&PrefillChunk { slot, tokens: vec![token], position, last: true });
+                self.append(&PrefillChunk { slot, tokens: vec![token], position, last: true, scoring: None });
                 let history = self.read(slot, position + 1);
                 events.extend(self.sample(slot, history));
             }
@@ -235,6 +236,7 @@ impl Device {
             reasoning_tokens: 0,
             logprob: 0.0,
             top: vec![],
+            prompt: vec![],
         })
     }
 }
@@ -594,6 +596,7 @@ fn bad_pages_are_forgotten() {
         reasoning_tokens: 0,
         logprob: 0.0,
         top: vec![],
+        prompt: vec![],
     };
     assert!(scheduler.received(&event));
     event.finish = None;

@@ -20,6 +20,7 @@ fn event(finish: Option<Finish>) -> TokenEvent {
         reasoning_tokens: 0,
         logprob: 0.0,
         top: vec![],
+        prompt: vec![],
     }
 }
 
@@ -45,7 +46,8 @@ fn stop_strings_cut_exactly() {
         while at < whole.len() && cut.is_none() {
             let end = whole.len().min(at + 1 + random.below(5) as usize);
             let finish = (end == whole.len()).then_some(Finish::Length);
-            let (pieces, stopped) = transcript.push(&event(finish), &whole.as_bytes()[at..end]);
+            let (pieces, stopped) = transcript.push(&event(finish), &whole.as_bytes()[at..end], false);
+            let stopped = stopped.is_some();
             at = end;
             // What a detokeniser can have said by now.
             let known = (0..=end).rev().find(|&n| whole.is_char_boundary(n)).unwrap();
@@ -65,10 +67,10 @@ fn stop_strings_cut_exactly() {
 #[test]
 fn the_end_has_no_text() {
     let mut transcript = Transcript::new(vec!["xyz".into()], String::new());
-    assert_eq!(text(&transcript.push(&event(None), b"wx").0), "w");
-    assert_eq!(text(&transcript.push(&event(None), "é".as_bytes().split_at(1).0).0), "");
-    let (pieces, stopped) = transcript.push(&event(Some(Finish::Stop)), b"<|im_end|>");
-    assert_eq!((text(&pieces).as_str(), stopped), ("x\u{fffd}", false));
+    assert_eq!(text(&transcript.push(&event(None), b"wx", false).0), "w");
+    assert_eq!(text(&transcript.push(&event(None), "é".as_bytes().split_at(1).0, false).0), "");
+    let (pieces, stopped) = transcript.push(&event(Some(Finish::Stop)), b"<|im_end|>", false);
+    assert_eq!((text(&pieces).as_str(), stopped), ("x\u{fffd}", None));
 }
 
 /// s1's forced end: the newline and the closing delimiter are delimiter, "Final Answer:" is answer.
@@ -78,7 +80,7 @@ fn what_follows_the_close_is_answer() {
     let mut pieces = Vec::new();
     let mut push = |bytes: &[u8], reasoning: bool, delimiter: bool| {
         let event = TokenEvent { reasoning, delimiter, injected: delimiter, ..event(None) };
-        pieces.extend(transcript.push(&event, bytes).0);
+        pieces.extend(transcript.push(&event, bytes, false).0);
     };
     push(b"try 3", true, false);
     for token in ["\n", "<|im_start|>", "answer", "\n", "Final", " Answer", ":"] {

@@ -76,6 +76,7 @@ fn any_request(random: &mut Random, vocab: u32, start: &[u32]) -> Request {
         budget,
         priority: if random.below(6) == 0 { random.below(40) } else { 0 },
         tenant: if random.below(4) == 0 { "another".into() } else { String::new() },
+        ..Default::default()
     }
 }
 

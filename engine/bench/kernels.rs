@@ -607,6 +607,7 @@ fn sampling(temperature: f32, top_k: u32, top_p: f32) -> SamplingParams {
         frequency_penalty: 0.0,
         seed: 1,
         logprobs: None,
+        prompt_logprobs: None,
         logit_bias: Vec::new(),
         allowed: None,
         stop_ids: Vec::new(),

@@ -20,12 +20,13 @@ pub fn run(args: &ServeArgs) -> Result<()> {
             Error::Usage(format!("cannot listen at {}:{}: {e}: choose another --port", args.host, args.port))
         })?;
     let engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
-    let state = ServerState::new(Service::start(engine), settings(args));
+    let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
+    let state = ServerState::new(Service::start(engine), Settings { loopback, ..settings(args) });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Output)?;
     runtime.block_on(async {
         let listener = TcpListener::from_std(listener).map_err(Error::Output)?;
         let local = listener.local_addr().map_err(Error::Output)?;
-        if !local.ip().is_loopback() && state.settings.api_key.is_none() {
+        if !state.settings.loopback && state.settings.api_key.is_none() {
             tracing::warn!("everybody who can reach {local} may ask: set --api-key");
         }
         tracing::info!(model = state.settings.model_name, "listening at http://{local}");

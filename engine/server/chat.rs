@@ -1,5 +1,6 @@
 //! `/v1/chat/completions`.
 
+use super::conversation::{self, Channels};
 use super::errors::{ApiError, ApiResult};
 use super::fields::Fields;
 use super::generation::GenerationRequest;
@@ -7,15 +8,11 @@ use super::openai::{self, Counts, Head, StreamOptions};
 use super::sse::Events;
 use super::{Dialect, ServerState, parameters};
 use crate::batch::TokenEvent;
-use crate::chat::Message;
 use crate::engine::Update;
 use crate::sequence::{Answer, Channel, FinishReason};
 use crate::service::Service;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
-
-/// Turns of a conversation.
-const MAX_MESSAGES: usize = 4096;
 
 pub struct Chat {
     service: Arc<Service>,
@@ -24,6 +21,9 @@ pub struct Chat {
     options: StreamOptions,
     logprobs: bool,
     reasoning: bool,
+    /// Token ids of the answers are to be told.
+    ids: bool,
+    prompt_logprobs: bool,
     choices: Vec<Choice>,
 }
 
@@ -32,17 +32,17 @@ pub struct Chat {
 struct Choice {
     counts: Counts,
     started: bool,
-    /// Whether any text has been sent in a channel: what precedes it there is space.
-    reasoning: bool,
-    answer: bool,
-    /// Log probabilities of tokens whose text is yet to be sent.
+    channels: Channels,
+    /// Of tokens whose text is yet to be sent.
     logprobs: Vec<Value>,
+    ids: Vec<u32>,
 }
 
 impl Dialect for Chat {
     fn parse(mut fields: Fields, state: &ServerState) -> ApiResult<(GenerationRequest, Chat)> {
         let head = Head::take(&mut fields, state, "chatcmpl-", "chat.completion")?;
-        let messages = messages(&mut fields)?;
+        let id = head.id.clone();
+        let messages = conversation::messages(&mut fields, "messages")?;
         let n = openai::answers(&mut fields)?;
         let options = StreamOptions::take(&mut fields)?;
         let mut request = parameters::sampling(&mut fields)?;
@@ -53,6 +53,8 @@ impl Dialect for Chat {
         if top.is_some_and(|k| k > 0) && !logprobs {
             return Err(fields.error("top_logprobs", "only with logprobs"));
         }
+        let ids = fields.boolean("return_token_ids")?.unwrap_or(false);
+        request.sampling.prompt_logprobs = openai::take_prompt_logprobs(&mut fields, options)?;
         request.sampling.logprobs = logprobs.then_some(top.unwrap_or(0));
         let reasoning = fields.boolean("include_reasoning")?.unwrap_or(true);
         let thinking = parameters::thinking(&mut fields, state)?;
@@ -68,9 +70,11 @@ impl Dialect for Chat {
             options,
             logprobs,
             reasoning,
+            ids,
+            prompt_logprobs: request.sampling.prompt_logprobs.is_some(),
             choices: (0..n).map(|_| Choice::default()).collect(),
         };
-        Ok((GenerationRequest { prompts: vec![prompt], n, request, stream: options.stream, unknown }, chat))
+        Ok((GenerationRequest { id, prompts: vec![prompt], n, request, stream: options.stream, unknown }, chat))
     }
 
     fn begin(&mut self, _events: &mut Events) {
@@ -80,28 +84,26 @@ impl Dialect for Chat {
     fn update(&mut self, index: usize, update: Update, events: &mut Events) {
         if let Some(token) = &update.token {
             self.choices[index].counts = Counts::of(token);
+            if self.ids {
+                self.choices[index].ids.push(token.token);
+            }
             if self.logprobs {
                 let logprob = self.logprob(token);
                 self.choices[index].logprobs.push(logprob);
             }
         }
         for piece in &update.text {
-            let choice = &mut self.choices[index];
-            let (begun, names): (_, &[&str]) = match piece.channel {
-                Channel::Delimiter => continue,
+            let Some((channel, text)) = self.choices[index].channels.show(piece) else { continue };
+            let names: &[&str] = match channel {
                 Channel::Reasoning if !self.reasoning => continue,
-                Channel::Reasoning => (&mut choice.reasoning, &["reasoning", "reasoning_content"]),
-                Channel::Answer => (&mut choice.answer, &["content"]),
+                Channel::Reasoning => &["reasoning", "reasoning_content"],
+                _ => &["content"],
             };
-            let text = if *begun { piece.text.as_str() } else { piece.text.trim_start() };
-            if !text.is_empty() {
-                *begun = true;
-                let delta = names.iter().map(|name| (name.to_string(), text.into())).collect();
-                self.chunk(index, delta, piece.injected, None, events);
-            }
+            let delta = names.iter().map(|name| (name.to_string(), text.into())).collect();
+            self.chunk(index, delta, piece.injected, None, events);
         }
-        if let Some(finish) = update.finish {
-            self.chunk(index, Map::new(), false, Some(finish), events);
+        if update.finish.is_some() {
+            self.chunk(index, Map::new(), false, Some(&update), events);
         }
     }
 
@@ -125,13 +127,8 @@ impl Dialect for Chat {
             if let Some(last) = answer.tokens.last() {
                 self.choices[index].counts = Counts::of(last);
             }
-            let text = |channel| {
-                let pieces = answer.pieces.iter().filter(|piece| piece.channel == channel);
-                let text: String = pieces.map(|piece| piece.text.as_str()).collect();
-                text.trim_start().to_string()
-            };
-            let mut message = json!({"role": "assistant", "content": text(Channel::Answer)});
-            let reasoning = text(Channel::Reasoning);
+            let mut message = json!({"role": "assistant", "content": conversation::text(answer, Channel::Answer)});
+            let reasoning = conversation::text(answer, Channel::Reasoning);
             if self.reasoning && !reasoning.is_empty() {
                 message["reasoning"] = reasoning.as_str().into();
                 message["reasoning_content"] = reasoning.into();
@@ -143,12 +140,20 @@ impl Dialect for Chat {
                 "message": message,
                 "logprobs": logprobs.map(|content| json!({"content": content})),
                 "finish_reason": answer.finish.map(FinishReason::name),
+                "stop_reason": answer.stop_string,
             });
+            if self.ids {
+                choice["token_ids"] = answer.tokens.iter().map(|token| token.token).collect();
+            }
             self.add_thinking(index, &mut choice);
             choices.push(choice);
         }
         let mut whole = self.head.json(choices.into());
         whole.insert("usage".into(), self.usage());
+        if self.prompt_logprobs {
+            let scores = openai::prompt_logprobs(&self.service.frontend().tokenizer, answers);
+            whole.insert("prompt_logprobs".into(), scores);
+        }
         whole.into()
     }
 }
@@ -159,28 +164,33 @@ impl Chat {
         index: usize,
         mut delta: Map<String, Value>,
         injected: bool,
-        finish: Option<FinishReason>,
+        last: Option<&Update>,
         events: &mut Events,
     ) {
         let choice = &mut self.choices[index];
         if !choice.started {
             choice.started = true;
             delta.insert("role".into(), "assistant".into());
-            if finish.is_some() {
+            if last.is_some() {
                 delta.insert("content".into(), "".into());
             }
         }
         let logprobs = std::mem::take(&mut choice.logprobs);
+        let ids = std::mem::take(&mut choice.ids);
         let mut json = json!({
             "index": index,
             "delta": delta,
             "logprobs": self.logprobs.then(|| json!({"content": logprobs})),
-            "finish_reason": finish.map(FinishReason::name),
+            "finish_reason": last.and_then(|update| update.finish).map(FinishReason::name),
         });
+        if self.ids {
+            json["token_ids"] = ids.into();
+        }
         if injected {
             json["injected"] = true.into();
         }
-        if finish.is_some() {
+        if let Some(update) = last {
+            json["stop_reason"] = update.stop_string.as_deref().into();
             self.add_thinking(index, &mut json);
         }
         let mut chunk = self.head.json(json!([json]));
@@ -213,50 +223,4 @@ impl Chat {
         json["top_logprobs"] = token.top.iter().map(|&(id, logprob)| entry(id, logprob)).collect();
         json
     }
-}
-
-/// The prompt of a conversation, for those who only want to know its tokens.
-pub fn prompt(fields: &mut Fields, state: &ServerState) -> ApiResult<Vec<u32>> {
-    let messages = messages(fields)?;
-    let thinking = parameters::thinking(fields, state)?;
-    let variables = parameters::template_variables(&thinking, state, &mut Vec::new())?;
-    Ok(state.service.frontend().encode_chat_with(&messages, &variables)?)
-}
-
-/// The conversation so far.
-fn messages(fields: &mut Fields) -> ApiResult<Vec<Message>> {
-    let list = fields.array("messages")?.unwrap_or_default();
-    if list.is_empty() {
-        return Err(fields.error("messages", "there must be at least one"));
-    }
-    if list.len() > MAX_MESSAGES {
-        return Err(fields.error("messages", format!("{} are more than {MAX_MESSAGES}", list.len())));
-    }
-    list.into_iter().enumerate().map(|(i, value)| message(fields, i, value)).collect()
-}
-
-fn message(fields: &Fields, index: usize, value: Value) -> ApiResult<Message> {
-    let wrong = |name: &str, problem: &str| Err(fields.error(&format!("messages[{index}]{name}"), problem));
-    let Value::Object(mut map) = value else { return wrong("", "not an object") };
-    let role = match map.shift_remove("role") {
-        Some(Value::String(role)) if role == "developer" => "system".into(),
-        Some(Value::String(role)) if ["system", "user", "assistant", "tool"].contains(&role.as_str()) => role,
-        _ => return wrong(".role", "none of system, developer, user, assistant and tool"),
-    };
-    let content = match map.shift_remove("content") {
-        Some(Value::String(text)) => text,
-        None | Some(Value::Null) => String::new(),
-        Some(Value::Array(parts)) => {
-            let text = |part: &Value| match part["type"].as_str() {
-                Some("text" | "input_text" | "output_text") => part["text"].as_str().map(String::from),
-                _ => None,
-            };
-            match parts.iter().map(text).collect::<Option<String>>() {
-                Some(text) => text,
-                None => return wrong(".content", "only parts of type text can be read"),
-            }
-        }
-        Some(_) => return wrong(".content", "not a string or a list of parts"),
-    };
-    Ok(Message::new(&role, content))
 }

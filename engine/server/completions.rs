@@ -1,4 +1,5 @@
-//! `/v1/completions`: text, or token ids, that the model goes on with.
+//! `/v1/completions`: text, or token ids, that the model goes on with; and how likely each token was, the prompt's as well, as
+//! evaluation harnesses ask for it.
 
 use super::errors::{ApiError, ApiResult};
 use super::fields::{Fields, token_ids};
@@ -6,15 +7,49 @@ use super::generation::{GenerationRequest, MAX_PROMPTS};
 use super::openai::{self, Counts, Head, StreamOptions};
 use super::sse::Events;
 use super::{Dialect, ServerState, parameters};
+use crate::batch::Score;
 use crate::engine::Update;
 use crate::sequence::{Answer, FinishReason};
-use serde_json::{Value, json};
+use crate::service::Service;
+use crate::tokenizer::Tokenizer;
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
 
 pub struct Completion {
+    service: Arc<Service>,
     head: Head,
-    prompt_tokens: usize,
+    prompts: Vec<Vec<u32>>,
+    /// Answers to each prompt.
+    n: usize,
     options: StreamOptions,
-    counts: Vec<Counts>,
+    /// The prompt is part of the text.
+    echo: bool,
+    logprobs: bool,
+    prompt_logprobs: bool,
+    /// Token ids are to be told.
+    ids: bool,
+    choices: Vec<Choice>,
+}
+
+/// One answer under way.
+#[derive(Default)]
+struct Choice {
+    counts: Counts,
+    started: bool,
+    /// Of tokens whose text is yet to be sent.
+    logprobs: Logprobs,
+    ids: Vec<u32>,
+    /// Characters of the tokens before.
+    offset: usize,
+}
+
+/// The legacy shape: a column for each property of a token.
+#[derive(Default)]
+struct Logprobs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Value>,
+    text_offset: Vec<usize>,
 }
 
 /// What OpenAI takes for an absent `max_tokens`.
@@ -23,37 +58,81 @@ const DEFAULT_TOKENS: u32 = 16;
 impl Dialect for Completion {
     fn parse(mut fields: Fields, state: &ServerState) -> ApiResult<(GenerationRequest, Completion)> {
         let head = Head::take(&mut fields, state, "cmpl-", "text_completion")?;
+        let id = head.id.clone();
         let prompts = prompts(&mut fields, state)?;
         let n = openai::answers(&mut fields)?;
+        if fields.integer("best_of", 1..=i64::from(u32::MAX))?.is_some_and(|best| best != i64::from(n)) {
+            return Err(
+                fields.error("best_of", "this server makes no more answers than it sends: leave it out, or as n")
+            );
+        }
         let options = StreamOptions::take(&mut fields)?;
         let mut request = parameters::sampling(&mut fields)?;
         request.max_tokens = Some(fields.count("max_tokens", parameters::MOST_TOKENS)?.unwrap_or(DEFAULT_TOKENS));
+        let echo = fields.boolean("echo")?.unwrap_or(false);
+        let logprobs = parameters::top_logprobs(&mut fields, "logprobs")?;
+        let ids = fields.boolean("return_token_ids")?.unwrap_or(false);
+        let asked = openai::take_prompt_logprobs(&mut fields, options)?;
+        request.sampling.logprobs = logprobs;
+        // An echo is reported on as the answer is.
+        let echoed = logprobs.filter(|_| echo);
+        request.sampling.prompt_logprobs = asked.max(echoed);
         request.budget = parameters::thinking(&mut fields, state)?.budget;
         let unknown = fields.unknown()?;
         let completion = Completion {
+            service: state.service.clone(),
             head,
-            prompt_tokens: prompts.iter().map(Vec::len).sum(),
+            n: n as usize,
             options,
-            counts: vec![Counts::default(); prompts.len() * n as usize],
+            echo,
+            logprobs: logprobs.is_some(),
+            prompt_logprobs: asked.is_some(),
+            ids,
+            choices: (0..prompts.len() * n as usize).map(|_| Choice::default()).collect(),
+            prompts: prompts.clone(),
         };
-        Ok((GenerationRequest { prompts, n, request, stream: options.stream, unknown }, completion))
+        Ok((GenerationRequest { id, prompts, n, request, stream: options.stream, unknown }, completion))
     }
 
     fn update(&mut self, index: usize, update: Update, events: &mut Events) {
+        let mut text = String::new();
         if let Some(token) = &update.token {
-            self.counts[index] = Counts::of(token);
+            let (tokenizer, choice) = (&self.service.frontend().tokenizer, &mut self.choices[index]);
+            choice.counts = Counts::of(token);
+            if self.echo && !choice.started {
+                let prompt = &self.prompts[index / self.n];
+                text = tokenizer.decode(prompt);
+                if self.logprobs {
+                    choice.logprobs.prompt(tokenizer, prompt, &token.prompt, &mut choice.offset);
+                }
+            }
+            choice.started = true;
+            if self.ids {
+                choice.ids.push(token.token);
+            }
+            if self.logprobs {
+                choice.logprobs.push(tokenizer, token.token, Some(token.logprob), &token.top, &mut choice.offset);
+            }
         }
-        let text: String = update.text.iter().map(|piece| piece.text.as_str()).collect();
+        text.extend(update.text.iter().map(|piece| piece.text.as_str()));
         if text.is_empty() && update.finish.is_none() {
             return;
         }
-        let choice = json!({
+        let choice = &mut self.choices[index];
+        let logprobs = std::mem::take(&mut choice.logprobs);
+        let mut json = json!({
             "index": index,
             "text": text,
-            "logprobs": null,
+            "logprobs": self.logprobs.then(|| logprobs.json()),
             "finish_reason": update.finish.map(FinishReason::name),
         });
-        let mut chunk = self.head.json(json!([choice]));
+        if self.ids {
+            json["token_ids"] = std::mem::take(&mut choice.ids).into();
+        }
+        if update.finish.is_some() {
+            json["stop_reason"] = update.stop_string.into();
+        }
+        let mut chunk = self.head.json(json!([json]));
         if self.options.continuous_usage {
             chunk.insert("usage".into(), self.usage());
         }
@@ -75,17 +154,51 @@ impl Dialect for Completion {
     }
 
     fn whole(&mut self, answers: &[Answer]) -> Value {
+        let service = self.service.clone();
+        let tokenizer = &service.frontend().tokenizer;
         let mut choices = Vec::with_capacity(answers.len());
-        for (index, answer) in answers.iter().enumerate() {
-            if let Some(last) = answer.tokens.last() {
-                self.counts[index] = Counts::of(last);
+        for (prompt, answers) in self.prompts.iter().zip(answers.chunks(self.n)) {
+            let scores = openai::scores(answers);
+            for answer in answers {
+                let index = choices.len();
+                let choice = &mut self.choices[index];
+                if let Some(last) = answer.tokens.last() {
+                    choice.counts = Counts::of(last);
+                }
+                let mut text = answer.text();
+                if self.echo {
+                    text.insert_str(0, &tokenizer.decode(prompt));
+                }
+                if self.logprobs {
+                    if self.echo {
+                        choice.logprobs.prompt(tokenizer, prompt, scores, &mut choice.offset);
+                    }
+                    for token in &answer.tokens {
+                        choice.logprobs.push(
+                            tokenizer,
+                            token.token,
+                            Some(token.logprob),
+                            &token.top,
+                            &mut choice.offset,
+                        );
+                    }
+                }
+                let mut json = json!({
+                    "index": index,
+                    "text": text,
+                    "logprobs": self.logprobs.then(|| choice.logprobs.json()),
+                    "finish_reason": answer.finish.map(FinishReason::name),
+                    "stop_reason": answer.stop_string,
+                });
+                if self.prompt_logprobs {
+                    json["prompt_logprobs"] = openai::prompt_logprobs(tokenizer, answers);
+                }
+                if self.ids {
+                    json["prompt_token_ids"] = prompt.as_slice().into();
+                    json["token_ids"] = answer.tokens.iter().map(|token| token.token).collect();
+                }
+                choices.push(json);
             }
-            choices.push(json!({
-                "index": index,
-                "text": answer.text(),
-                "logprobs": null,
-                "finish_reason": answer.finish.map(FinishReason::name),
-            }));
         }
         let mut whole = self.head.json(choices.into());
         whole.insert("usage".into(), self.usage());
@@ -95,7 +208,44 @@ impl Dialect for Completion {
 
 impl Completion {
     fn usage(&self) -> Value {
-        openai::usage(self.prompt_tokens, self.counts.iter().copied())
+        let prompt_tokens = self.prompts.iter().map(Vec::len).sum();
+        openai::usage(prompt_tokens, self.choices.iter().map(|choice| choice.counts))
+    }
+}
+
+impl Logprobs {
+    fn push(&mut self, tokenizer: &Tokenizer, id: u32, logprob: Option<f32>, top: &[(u32, f32)], offset: &mut usize) {
+        let text = openai::token_text(tokenizer, id);
+        self.text_offset.push(*offset);
+        *offset += text.chars().count();
+        self.token_logprobs.push(logprob.map(openai::finite));
+        self.top_logprobs.push(match logprob {
+            None => Value::Null,
+            // The token itself is always among them.
+            Some(logprob) => {
+                let all = top.iter().copied().chain([(id, logprob)]);
+                let entry = |(id, logprob)| (openai::token_text(tokenizer, id), openai::finite(logprob).into());
+                Value::Object(all.map(entry).collect::<Map<_, _>>())
+            }
+        });
+        self.tokens.push(text);
+    }
+
+    /// Nothing is known of the first token of a prompt.
+    fn prompt(&mut self, tokenizer: &Tokenizer, prompt: &[u32], scores: &[Score], offset: &mut usize) {
+        self.push(tokenizer, prompt[0], None, &[], offset);
+        for score in scores {
+            self.push(tokenizer, score.token, Some(score.logprob), &score.top, offset);
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offset,
+        })
     }
 }
 

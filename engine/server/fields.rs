@@ -41,6 +41,11 @@ impl Fields {
         self.map.shift_remove(name).filter(|value| !value.is_null())
     }
 
+    /// Under another name, or in another shape.
+    pub fn put(&mut self, name: &str, value: Value) {
+        self.map.insert(name.into(), value);
+    }
+
     fn typed<T>(&mut self, name: &str, wanted: &str, read: impl FnOnce(Value) -> Option<T>) -> ApiResult<Option<T>> {
         match self.take(name) {
             None => Ok(None),
@@ -143,8 +148,12 @@ impl Fields {
     pub fn unknown(self) -> ApiResult<Vec<String>> {
         let mut names = Vec::new();
         for (name, value) in &self.map {
-            if value.is_null() || IGNORED.contains(&name.as_str()) {
+            let always = ALWAYS.contains(&name.as_str());
+            if value.is_null() || IGNORED.contains(&name.as_str()) || always && *value == Value::Bool(true) {
                 continue;
+            }
+            if always {
+                return Err(self.error(name, "this server cannot do without: leave the field out"));
             }
             if let Some((_, harmless)) = UNSUPPORTED.iter().find(|(field, _)| field == name) {
                 if is_default(value) || value.as_str().is_some_and(|text| text == *harmless) {
@@ -180,10 +189,30 @@ const IGNORED: &[&str] = &[
     "request_id",
     "session_id",
     "verbosity",
+    "parallel_tool_calls",
 ];
+
+/// What is always so.
+const ALWAYS: &[&str] = &["add_generation_prompt", "separate_reasoning", "stream_reasoning"];
 
 /// Known fields that ask for what is not done here, and a string that asks for nothing.
 const UNSUPPORTED: &[(&str, &str)] = &[
+    ("best_of", ""),
+    ("continue_final_message", ""),
+    ("add_special_tokens", ""),
+    ("echo", ""),
+    ("return_tokens_as_token_ids", ""),
+    ("logprob_token_ids", ""),
+    ("spaces_between_special_tokens", ""),
+    ("response_format", ""),
+    ("structured_outputs", ""),
+    ("structural_tag", ""),
+    ("guided_json", ""),
+    ("guided_regex", ""),
+    ("guided_choice", ""),
+    ("guided_grammar", ""),
+    ("tools", ""),
+    ("tool_choice", "none"),
     ("audio", ""),
     ("modalities", "text"),
     ("prediction", ""),
@@ -214,7 +243,7 @@ fn is_default(value: &Value) -> bool {
     match value {
         Value::Bool(asked) => !asked,
         Value::Array(items) => items.iter().all(|item| item == "text"),
-        Value::Object(map) => map.is_empty(),
+        Value::Object(map) => map.is_empty() || (map.len() == 1 && map.get("type").is_some_and(|kind| kind == "text")),
         Value::Number(n) => n.as_f64() == Some(1.0),
         _ => false,
     }

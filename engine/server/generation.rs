@@ -18,6 +18,8 @@ pub const MAX_PROMPTS: usize = 64;
 pub const MAX_ANSWERS: u32 = 128;
 
 pub struct GenerationRequest {
+    /// Of the response.
+    pub id: String,
     pub prompts: Vec<Vec<u32>>,
     /// Answers to each prompt.
     pub n: u32,
@@ -37,6 +39,7 @@ pub struct Event {
 /// A request under way. Dropped, as with the connection of a client that has gone, it cancels what has not ended.
 pub struct Generation {
     state: Arc<ServerState>,
+    id: String,
     updates: UnboundedReceiver<(usize, Result<Update>)>,
     /// Of the choices without an end.
     tickets: Vec<Option<Ticket>>,
@@ -64,14 +67,22 @@ impl Generation {
             return Err(ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message) });
         }
         let (sender, updates) = unbounded_channel();
-        let mut generation =
-            Generation { state: state.clone(), updates, tickets: Vec::new(), open: choices as usize, choices };
+        let mut generation = Generation {
+            state: state.clone(),
+            id: wanted.id.clone(),
+            updates,
+            tickets: Vec::new(),
+            open: choices as usize,
+            choices,
+        };
         let seed = wanted.request.sampling.seed.unwrap_or_else(|| state.random_seed());
         let mut request = wanted.request.clone();
         for prompt in &wanted.prompts {
             request.prompt.clone_from(prompt);
             let mut parent = None;
             for answer in 0..wanted.n {
+                // Of a prompt the first answer tells all.
+                request.sampling.prompt_logprobs = wanted.request.sampling.prompt_logprobs.filter(|_| answer == 0);
                 request.sampling.seed = Some(seed.wrapping_add(u64::from(answer)));
                 let (sender, choice) = (sender.clone(), generation.tickets.len());
                 // Whoever has gone has cancelled.
@@ -81,6 +92,8 @@ impl Generation {
                 generation.tickets.push(Some(ticket));
             }
         }
+        let ids = generation.tickets.iter().flatten().map(Ticket::id).collect();
+        state.running.lock().expect("nobody panics with it").insert(wanted.id.clone(), ids);
         Ok(generation)
     }
 
@@ -114,6 +127,7 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        self.state.running.lock().expect("nobody panics with it").remove(&self.id);
         self.state.open.fetch_sub(self.choices, Ordering::Relaxed);
     }
 }

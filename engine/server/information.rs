@@ -66,11 +66,26 @@ pub async fn tokenize(State(state): Shared, request: Request) -> ApiResult<Respo
         let mut fields = Fields::parse(&body)?;
         let tokens = match fields.string("prompt")? {
             Some(text) => state.service.frontend().tokenizer.encode(&text)?,
-            None => super::chat::prompt(&mut fields, state)?,
+            None => super::conversation::prompt(fields, state)?,
         };
         Ok(json(&json!({"tokens": tokens, "count": tokens.len(), "max_model_len": state.service.context()})))
     })
     .await
+}
+
+/// {"id", "action": "reasoning_end"}: the thinking of a request under way ends now, and its answer follows.
+pub async fn control(State(state): Shared, request: Request) -> ApiResult<Response> {
+    let body = body(&state, request).await?;
+    let mut fields = Fields::parse(&body)?;
+    let (id, action) = (fields.string("id")?, fields.string("action")?);
+    if action.as_deref() != Some("reasoning_end") {
+        return Err(fields.error("action", "the only one is reasoning_end"));
+    }
+    let Some(id) = id else { return Err(fields.error("id", "the id of the response must be said")) };
+    match state.end_thinking(&id) {
+        true => Ok(json(&json!({"id": id, "action": action}))),
+        false => Err(ApiError::new(StatusCode::NOT_FOUND, "no such request is under way")),
+    }
 }
 
 /// {"tokens"} to {"prompt"}.

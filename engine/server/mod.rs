@@ -7,26 +7,29 @@
 
 mod chat;
 mod completions;
+mod conversation;
 mod errors;
 mod fields;
 mod generation;
 mod information;
 mod listener;
+mod messages;
 mod openai;
 mod parameters;
+mod responses;
 mod sse;
 
 pub use errors::ApiError;
 pub use listener::serve;
 pub use parameters::EffortTable;
 
-use crate::engine::Update;
+use crate::engine::{RequestId, Update};
 use crate::sequence::{Answer, FinishReason};
 use crate::service::Service;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
@@ -48,6 +51,8 @@ pub struct Settings {
     pub model_name: String,
     /// Without it, everybody may ask.
     pub api_key: Option<String>,
+    /// Nobody but this machine can ask: pages of elsewhere, shown by its browser, must not either.
+    pub loopback: bool,
     /// Bytes of a body.
     pub max_body: usize,
     /// Answers waiting and being made; more are refused.
@@ -72,6 +77,7 @@ impl Default for Settings {
         Settings {
             model_name: "ponder".into(),
             api_key: None,
+            loopback: false,
             max_body: 8 << 20,
             max_answers: 1024,
             max_connections: 1024,
@@ -95,6 +101,8 @@ pub struct ServerState {
     started: u64,
     /// Answers waiting and being made.
     open: AtomicU32,
+    /// Answers of each request under way, by the id of its response.
+    running: Mutex<HashMap<String, Vec<RequestId>>>,
     random: RandomState,
     next_number: AtomicU64,
     /// Bodies being parsed and encoded.
@@ -121,6 +129,7 @@ impl ServerState {
             settings,
             started: seconds_since_1970(),
             open: AtomicU32::new(0),
+            running: Mutex::default(),
             random: RandomState::new(),
             next_number: AtomicU64::new(0),
             parsing: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
@@ -177,6 +186,14 @@ impl ServerState {
         }
     }
 
+    /// False: no such request is under way.
+    fn end_thinking(&self, id: &str) -> bool {
+        let running = self.running.lock().expect("nobody panics with it");
+        let Some(answers) = running.get(id) else { return false };
+        answers.iter().for_each(|&answer| self.service.end_thinking(answer));
+        true
+    }
+
     /// A number that nobody can tell before.
     fn random_seed(&self) -> u64 {
         self.random.hash_one(self.next_number.fetch_add(1, Ordering::Relaxed))
@@ -227,7 +244,11 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .route("/tokenize", post(information::tokenize))
         .route("/detokenize", post(information::detokenize))
         .route("/v1/chat/completions", generating::<chat::Chat>())
+        .route("/v1/chat/completions/control", post(information::control))
         .route("/v1/completions", generating::<completions::Completion>())
+        .route("/v1/responses", generating::<responses::Responses>())
+        .route("/v1/messages", generating::<messages::Messages>())
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .fallback(async || ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this address"))
         .method_not_allowed_fallback(async || ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method"))
         .layer(from_fn_with_state(state.clone(), guard))
@@ -237,8 +258,11 @@ pub fn router(state: Arc<ServerState>) -> Router {
 /// Needs no key: what load balancers ask.
 const PUBLIC: &[&str] = &["/health", "/ready", "/ping"];
 
-/// What holds for every request: the key.
+/// What holds for every request: where a browser may come from, the key, the id that comes back.
 async fn guard(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
+    if !origin_is_welcome(request.headers(), state.settings.loopback) {
+        return ApiError::new(StatusCode::FORBIDDEN, "a page of elsewhere must not ask").into_response();
+    }
     if let Some(key) = &state.settings.api_key
         && !PUBLIC.contains(&request.uri().path())
     {
@@ -251,7 +275,42 @@ async fn guard(State(state): State<Arc<ServerState>>, request: Request, next: Ne
             return ApiError::new(StatusCode::UNAUTHORIZED, message).into_response();
         }
     }
-    next.run(request).await
+    let id = request.headers().get("x-request-id").cloned();
+    let mut response = next.run(request).await;
+    if let Some(id) = id {
+        response.headers_mut().insert("x-request-id", id);
+    }
+    response
+}
+
+/// Only browsers say where a request comes from: it must be a page of this server. And where nobody but this machine can ask, the
+/// server must have been called by a name of this machine, not by one that somebody has made to point at it.
+fn origin_is_welcome(headers: &HeaderMap, loopback: bool) -> bool {
+    let text = |name: HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or_default());
+    let Some(origin) = text(header::ORIGIN) else { return true };
+    let host = text(header::HOST).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    let here = ["localhost", "127.0.0.1", "[::1]"].contains(&name);
+    origin.split_once("://").is_some_and(|(_, from)| from == host) && (here || !loopback)
+}
+
+/// Whether a request to this address would be taken, without anything being made for it. For fuzz targets.
+///
+/// # Errors
+/// What the client would be told.
+pub fn judge(address: &str, body: &[u8], state: &ServerState) -> std::result::Result<(), ApiError> {
+    let fields = Fields::parse(body)?;
+    let wanted = match address {
+        "/v1/completions" => completions::Completion::parse(fields, state)?.0,
+        "/v1/responses" => responses::Responses::parse(fields, state)?.0,
+        "/v1/messages" => messages::Messages::parse(fields, state)?.0,
+        _ => chat::Chat::parse(fields, state)?.0,
+    };
+    for prompt in wanted.prompts {
+        let request = crate::Request { prompt, ..wanted.request.clone() };
+        state.service.frontend().accept(&request, 0, state.service.context())?;
+    }
+    Ok(())
 }
 
 fn generating<D: Dialect + 'static>() -> MethodRouter<Arc<ServerState>> {
@@ -326,6 +385,7 @@ async fn collect(mut generation: Generation) -> ApiResult<Vec<Answer>> {
         if let Some(error) = failure(&event.update) {
             return Err(error);
         }
+        answers[event.choice].stop_string = event.update.stop_string;
         answers[event.choice].extend(event.update.token, event.update.text, event.update.finish);
     }
     Ok(answers)

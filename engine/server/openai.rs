@@ -4,7 +4,8 @@ use super::ServerState;
 use super::errors::{ApiError, ApiResult};
 use super::fields::Fields;
 use super::generation::MAX_ANSWERS;
-use crate::batch::TokenEvent;
+use crate::batch::{Score, TokenEvent};
+use crate::sequence::Answer;
 use crate::tokenizer::Tokenizer;
 use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
@@ -122,6 +123,35 @@ pub fn usage(prompt_tokens: usize, counts: impl Iterator<Item = Counts>) -> Valu
         "total_tokens": prompt_tokens + generated,
         "completion_tokens_details": {"reasoning_tokens": reasoning},
     })
+}
+
+/// Only without a stream, as in vLLM.
+pub fn take_prompt_logprobs(fields: &mut Fields, options: StreamOptions) -> ApiResult<Option<u32>> {
+    let top = super::parameters::top_logprobs(fields, "prompt_logprobs")?;
+    match top {
+        Some(_) if options.stream => Err(fields.error("prompt_logprobs", "not with stream")),
+        top => Ok(top),
+    }
+}
+
+/// What the first answer to a prompt says of it: null for its first token, then {"id": {"logprob", "rank", "decoded_token"}}.
+pub fn prompt_logprobs(tokenizer: &Tokenizer, answers: &[Answer]) -> Value {
+    let entry = |id: u32, logprob: f32, rank: u32| {
+        let text = token_text(tokenizer, id);
+        (id.to_string(), json!({"logprob": finite(logprob), "rank": rank, "decoded_token": text}))
+    };
+    let position = |score: &Score| {
+        let mut entries = Map::new();
+        entries.extend(score.top.iter().zip(1..).map(|(&(id, logprob), rank)| entry(id, logprob, rank)));
+        entries.extend([entry(score.token, score.logprob, score.rank)]);
+        Value::Object(entries)
+    };
+    std::iter::once(Value::Null).chain(scores(answers).iter().map(position)).collect()
+}
+
+/// Of the answers to one prompt the first brings what is known of the prompt.
+pub fn scores(answers: &[Answer]) -> &[Score] {
+    answers.first().and_then(|answer| answer.tokens.first()).map_or(&[], |token| &token.prompt)
 }
 
 /// JSON has no infinity; this is OpenAI's number for what cannot be.

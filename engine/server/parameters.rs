@@ -50,6 +50,8 @@ impl EffortTable {
 /// The first field that is not what it should be; ranges are judged by the engine.
 pub fn sampling(fields: &mut Fields) -> ApiResult<Request> {
     let mut request = Request { stop: fields.strings("stop")?.unwrap_or_default(), ..Request::default() };
+    request.hide_special = fields.boolean("skip_special_tokens")?.unwrap_or(true);
+    request.include_stop = fields.boolean("include_stop_str_in_output")?.unwrap_or(false);
     let min_tokens = fields.count("min_tokens", MOST_TOKENS)?.unwrap_or(0);
     request.sampling = SamplingRequest {
         temperature: fields.number("temperature")?,
@@ -62,6 +64,7 @@ pub fn sampling(fields: &mut Fields) -> ApiResult<Request> {
         frequency_penalty: fields.number("frequency_penalty")?,
         seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
         logprobs: None,
+        prompt_logprobs: None,
         logit_bias: logit_bias(fields)?,
         allowed_ids: fields.ids("allowed_token_ids", MAX_LOGIT_BIAS)?,
         stop_ids: fields.ids("stop_token_ids", MAX_STOP_IDS)?.unwrap_or_default(),

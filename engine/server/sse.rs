@@ -31,6 +31,13 @@ impl Events {
         self.0.extend_from_slice(b"\n\n");
     }
 
+    /// With a name, which is its `type`.
+    pub fn named(&mut self, json: &Value) {
+        let name = json["type"].as_str().expect("events with names say their type");
+        self.0.extend_from_slice(format!("event: {name}\n").as_bytes());
+        self.data(json);
+    }
+
     pub fn done(&mut self) {
         self.0.extend_from_slice(b"data: [DONE]\n\n");
     }
