@@ -5,6 +5,7 @@
 #   disassembler  cuobjdump, nvdisasm (Python wheels): for the table of kernel resources
 #   clang-format  the pinned one (Python wheel)
 #   matplotlib    a Python with it, for the plots (venv)
+#   chromium      a browser and its driver, for the test of the page (the system's, or Debian packages)
 # .cargo/config.toml and the Makefile point there. A tool that is there is left alone; one that is being fetched appears
 # only when it is complete, so an interrupted run is simply run again.
 set -eu
@@ -91,6 +92,36 @@ matplotlib() {
     ln -sfn matplotlib.venv "$home/matplotlib"
 }
 
+# Its folder holds two commands: chromium and chromedriver.
+chromium() {
+    new=$home/.new-chromium-$$
+    trap 'rm -rf "$new"' EXIT
+    trap 'exit 1' INT TERM HUP
+    mkdir -p "$new/root" "$new/lists/partial" "$new/debs"
+    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then
+        for command in chromium chromedriver; do ln -s "$(command -v $command)" "$new/$command"; done
+    else
+        echo "toolchain: fetching chromium"
+        # Package lists of our own, since those of the system may be missing and only root writes them.
+        apt="-qq -o Dir::State::Lists=$new/lists -o APT::Sandbox::User="
+        apt-get $apt update && packages=$(apt-get $apt -s install --no-install-recommends chromium chromium-driver |
+            sed -n 's/^Inst \([^ ]*\).*/\1/p') && [ "$packages" ] || fail "cannot fetch chromium: install it and chromedriver yourself"
+        (cd "$new/debs" && apt-get $apt download $packages) || fail "cannot fetch chromium's packages"
+        for package in "$new"/debs/*.deb; do dpkg-deb -x "$package" "$new/root"; done
+        for command in lib/chromium/chromium:chromium bin/chromedriver:chromedriver; do
+            cat >"$new/${command#*:}" <<END
+#!/bin/sh
+root=\$(dirname "\$(readlink -f "\$0")")/root/usr
+export LD_LIBRARY_PATH=\$root/lib/$(uname -m)-linux-gnu:\$root/lib/$(uname -m)-linux-gnu/pulseaudio
+exec "\$root/${command%:*}" "\$@"
+END
+            chmod +x "$new/${command#*:}"
+        done
+        rm -rf "$new/debs" "$new/lists"
+    fi
+    mv -T "$new" "$home/chromium" 2>/dev/null || [ -e "$home/chromium" ] || fail "cannot write $home/chromium"
+}
+
 for name in "$@"; do
     [ -e "$home/$name" ] && continue
     rm -f "$home/$name" # a link whose target has gone
@@ -100,6 +131,7 @@ for name in "$@"; do
     disassembler) disassembler ;;
     clang-format) clang_format ;;
     matplotlib) matplotlib ;;
+    chromium) chromium ;;
     *) fail "unknown tool $name" ;;
     esac
 done
