@@ -17,13 +17,13 @@ TESTS :=
 ON_KERNELS := attention bench::random norms products sampler simt model::a_checked_run
 FUZZ_SECONDS := 60
 
-.PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle predict plots setup
+.PHONY: run test bench fmt check-fmt lint resources asan fuzz gpu-bundle predict plots clients setup
 
 run: # answers a question with the tiny model on whatever this machine has
 	@scripts/toolchain.sh libclang $(if $(DRIVER),cuda)
 	$(CARGO) run --release $(FOR_THIS_MACHINE) -- generate models/modulo "$(QUESTION)" --n-ignore 2 --ignore-string Wait
 
-test: setup # every test; every kernel is compiled by nvcc, too
+test: setup clients # every test; every kernel is compiled by nvcc, too
 	$(CARGO) test --release -- $(TESTS)
 
 bench: setup # every kernel alone, and how fast the tiny model answers
@@ -60,6 +60,11 @@ predict: setup # writes benches/predictions.json and docs/predictions.md anew
 plots: # draws docs/*.svg and *.png from benches/results/, or from the predictions
 	@scripts/toolchain.sh matplotlib
 	.toolchain/matplotlib/bin/python benches/plot.py
+
+# A browser and client libraries that are pointed at the server. Where they cannot be had, their tests say so and pass.
+clients:
+	-@scripts/toolchain.sh chromium
+	-@scripts/toolchain.sh openai
 
 setup:
 	@scripts/toolchain.sh libclang cuda disassembler clang-format

@@ -153,6 +153,8 @@ pub enum BenchCommand {
     Latency(LatencyArgs),
     /// Many requests at once: tokens per second. Prompts are random token ids.
     Throughput(ThroughputArgs),
+    /// Requests to a running server, of this or of any other engine that speaks OpenAI's dialect.
+    Serve(ServeBenchArgs),
 }
 
 #[derive(Debug, Group)]
@@ -211,6 +213,60 @@ pub struct ThroughputArgs {
     pub load: LoadArgs,
 }
 
+#[derive(Debug, Group)]
+pub struct ServeBenchArgs {
+    /// The server: http://HOST:PORT.
+    #[arg(value_name = "URL")]
+    pub server: String,
+    /// Model to ask for [default: the first that the server names].
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub served_model: String,
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<String>,
+    /// Ask /v1/chat/completions, with as many words as prompts are to have tokens, instead of /v1/completions with exactly so
+    /// many token ids.
+    #[arg(long)]
+    pub chat: bool,
+    /// Requests in all.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub requests: u32,
+    /// Requests that come each second, whether those before have ended or not [default: all at once].
+    #[arg(long, value_name = "RATE", default_value = "inf", hide_default_value = true, value_parser = parse_positive)]
+    pub request_rate: f64,
+    /// How evenly they come: 1 is a Poisson process, less comes in bursts.
+    #[arg(long, value_name = "SHAPE", default_value_t = 1.0, value_parser = parse_positive)]
+    pub burstiness: f64,
+    /// Requests under way at a time [default: no limit].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_concurrency: Option<u32>,
+    /// Length of each prompt.
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..1 << 20))]
+    pub input_tokens: u32,
+    /// Length of each answer; the end of sequence is ignored.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..1 << 20))]
+    pub output_tokens: u32,
+    /// Draw lengths evenly from (1 - RATIO) to (1 + RATIO) of those.
+    #[arg(long, value_name = "RATIO", default_value_t = 0.0, value_parser = parse_share)]
+    pub range_ratio: f64,
+    /// Times and lengths from a file instead: on each line {"timestamp": MILLISECONDS, "input_length": N, "output_length": N}.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["request_rate", "burstiness", "input_tokens", "output_tokens", "range_ratio"])]
+    pub trace: Option<PathBuf>,
+    /// Fields on top of each request's body, as a JSON object: '{"thinking_token_budget": 64}'.
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = parse_object)]
+    pub extra_body: JsonObject,
+    /// What a good answer keeps, for the goodput: ttft:200, tpot:50, e2el:3000 (milliseconds).
+    #[arg(long, value_name = "GOALS", num_args = 1..)]
+    pub goodput: Vec<String>,
+    /// Requests one after the other before all, which do not count.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub warmup: u32,
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    pub seed: u64,
+    /// Write the results to a file, in the shape of vLLM's `bench serve`.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
 /// What a model is given to do in a bench. Prompts are random token ids; answers have exactly the length asked for.
 #[derive(Debug, Group)]
 pub struct LoadArgs {
@@ -231,6 +287,20 @@ pub struct LoadArgs {
     pub json: Option<PathBuf>,
     #[command(flatten)]
     pub model: SourceArgs,
+}
+
+type JsonObject = serde_json::Map<String, serde_json::Value>;
+
+fn parse_object(text: &str) -> Result<JsonObject, String> {
+    serde_json::from_str(text).map_err(|e| format!("no JSON object: {e}"))
+}
+
+fn parse_positive(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|&n: &f64| n > 0.0).ok_or_else(|| "write a number above 0, or inf".into())
+}
+
+fn parse_share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|n| (0.0..=1.0).contains(n)).ok_or_else(|| "write a number from 0 to 1".into())
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {

@@ -10,6 +10,20 @@ pub struct Telemetry {
     index: u32,
 }
 
+/// What a GPU says of itself at a moment, as far as it does.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reading {
+    /// Energy used since the driver was loaded.
+    pub joules: Option<f64>,
+    pub watts: Option<f64>,
+    /// Bytes.
+    pub memory_used: Option<u64>,
+    pub memory: Option<u64>,
+    pub sm_hertz: Option<u64>,
+    pub memory_hertz: Option<u64>,
+    pub celsius: Option<u64>,
+}
+
 impl Telemetry {
     /// The GPU that CUDA calls `ordinal`. None as well where the two libraries may number GPUs differently.
     pub fn open(ordinal: u32) -> Option<Telemetry> {
@@ -23,6 +37,21 @@ impl Telemetry {
     pub fn joules(&self) -> Option<f64> {
         let device = self.nvml.device_by_index(self.index).ok()?;
         Some(device.total_energy_consumption().ok()? as f64 / 1000.0)
+    }
+
+    pub fn read(&self) -> Reading {
+        let Ok(device) = self.nvml.device_by_index(self.index) else { return Reading::default() };
+        let memory = device.memory_info().ok();
+        let hertz = |clock| device.clock_info(clock).ok().map(|megahertz| u64::from(megahertz) * 1_000_000);
+        Reading {
+            joules: self.joules(),
+            watts: device.power_usage().ok().map(|milliwatts| f64::from(milliwatts) / 1000.0),
+            memory_used: memory.as_ref().map(|memory| memory.used),
+            memory: memory.as_ref().map(|memory| memory.total),
+            sm_hertz: hertz(Clock::SM),
+            memory_hertz: hertz(Clock::Memory),
+            celsius: device.temperature(TemperatureSensor::Gpu).ok().map(u64::from),
+        }
     }
 
     /// For people: driver version, power limit, clocks, temperature, as far as they are known.

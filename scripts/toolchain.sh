@@ -5,6 +5,7 @@
 #   disassembler  cuobjdump, nvdisasm (Python wheels): for the table of kernel resources
 #   clang-format  the pinned one (Python wheel)
 #   matplotlib    a Python with it, for the plots (venv)
+#   openai        a Python with OpenAI's client, for the tests of the server (venv)
 #   chromium      a browser and its driver, for the test of the page (the system's, or Debian packages)
 # .cargo/config.toml and the Makefile point there. A tool that is there is left alone; one that is being fetched appears
 # only when it is complete, so an interrupted run is simply run again.
@@ -82,14 +83,17 @@ clang_format() {
     keep clang_format/data bin/clang-format
 }
 
-matplotlib() {
-    echo "toolchain: fetching matplotlib"
+# venv TOOL REQUIREMENT...: a Python that has these and what they need, as .toolchain/TOOL.
+venv() {
+    tool=$1
+    shift
+    echo "toolchain: fetching $tool ($*)"
     # A venv does not survive being moved, so it is made in its place, and what marks it complete comes last.
-    python3 -m venv --clear "$home/matplotlib.venv" ||
+    python3 -m venv --clear "$home/$tool.venv" ||
         fail "python3 cannot make a venv: install python3 with its venv module (Debian: python3-venv)"
-    "$home/matplotlib.venv/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: matplotlib==3.10.7 ||
-        fail "cannot fetch matplotlib: pip needs a network to reach its package index"
-    ln -sfn matplotlib.venv "$home/matplotlib"
+    "$home/$tool.venv/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: "$@" ||
+        fail "cannot fetch $tool: pip needs a network to reach its package index"
+    ln -sfn "$tool.venv" "$home/$tool"
 }
 
 # Its folder holds two commands: chromium and chromedriver.
@@ -130,7 +134,8 @@ for name in "$@"; do
     cuda) cuda ;;
     disassembler) disassembler ;;
     clang-format) clang_format ;;
-    matplotlib) matplotlib ;;
+    matplotlib) venv matplotlib matplotlib==3.10.7 ;;
+    openai) venv openai openai==3.54.0 ;;
     chromium) chromium ;;
     *) fail "unknown tool $name" ;;
     esac

@@ -116,6 +116,7 @@ def use(browser, url, shots):
     expect("the thinking is there", "try 3" in browser.text(".thinking .text"))
     expect("the bar counts", "2 ends ignored" in browser.text(".count"))
     expect("two ticks on the bar", browser.run("return document.querySelectorAll('.bar .ignored').length") == 2)
+    expect("no joules without a GPU", " J" not in browser.text(".figures"))
     expect("tokens and their speed", "tokens/s" in browser.text(".figures"))
 
     for scheme in "light", "dark":
@@ -152,7 +153,7 @@ def use(browser, url, shots):
     browser.type("#question", "What?")
     browser.click("#send")
     browser.wait("refusal", "document.querySelectorAll('.failed').length === 2")
-    expect("a refusal names the field", "min_thinking_tokens" in browser.text(".turn:last-child .failed"))
+    expect("a refusal names the field", "thinking_token_budget: 12 is less" in browser.text(".turn:last-child .failed"))
 
     errors = [entry["message"] for entry in browser.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
     # The refusal is one: the browser reports its status.

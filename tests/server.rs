@@ -26,7 +26,7 @@ struct Server {
 
 impl Server {
     fn start(engine: Engine, settings: Settings) -> Server {
-        let state = ServerState::new(Service::start(engine), settings);
+        let state = ServerState::new(Service::start(engine), None, settings);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();

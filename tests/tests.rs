@@ -5,6 +5,7 @@ mod bench;
 mod blocks;
 mod budget;
 mod cli;
+mod clients;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod decode_loop;

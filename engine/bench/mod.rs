@@ -4,6 +4,7 @@
 pub mod host;
 pub mod kernels;
 pub mod load;
+pub mod serve;
 
 use crate::device::Device;
 use crate::{Error, Result};
@@ -42,10 +43,16 @@ impl<Results: Serialize> Report<Results> {
     /// # Errors
     /// A file that cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_string_pretty(self).expect("numbers and strings alone");
-        text.push('\n');
-        std::fs::write(path, text).map_err(|e| Error::Usage(format!("--json: cannot write {}: {e}", path.display())))
+        save(path, self)
     }
+}
+
+/// # Errors
+/// A file that cannot be written.
+pub fn save(path: &Path, results: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(results).expect("numbers and strings alone");
+    text.push('\n');
+    std::fs::write(path, text).map_err(|e| Error::Usage(format!("--json: cannot write {}: {e}", path.display())))
 }
 
 /// What the hardware can do at the most.

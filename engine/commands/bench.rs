@@ -1,9 +1,12 @@
 //! `ponder bench`: measures kernels or a whole model, prints a table and writes JSON.
 
 use super::output::Printer;
-use crate::args::{BenchArgs, BenchCommand, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, ThroughputArgs};
+use crate::args::{
+    BenchArgs, BenchCommand, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, ServeBenchArgs, ThroughputArgs,
+};
 use crate::bench::kernels::{self, Measurement};
 use crate::bench::load::{self, Load};
+use crate::bench::serve::{self, Arrival};
 use crate::bench::{Report, Roofline, host};
 use crate::device::Device;
 use crate::executor::ExecutorOptions;
@@ -11,6 +14,7 @@ use crate::frontend::Frontend;
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::thinking::ThinkingChoice;
 use crate::{Error, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde_json::json;
 
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -19,6 +23,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Host(args) => host_work(args),
         BenchCommand::Latency(args) => latency(args),
         BenchCommand::Throughput(args) => throughput(args),
+        BenchCommand::Serve(args) => serve(args),
     }
 }
 
@@ -69,6 +74,41 @@ fn latency(args: &LatencyArgs) -> Result<()> {
 
 fn throughput(args: &ThroughputArgs) -> Result<()> {
     measure("ponder-bench-throughput", "requests", args.requests, &args.load)
+}
+
+fn usage<T>(argument: &str, parsed: std::result::Result<T, String>) -> Result<T> {
+    parsed.map_err(|problem| Error::Usage(format!("{argument}: {problem}")))
+}
+
+fn serve(args: &ServeBenchArgs) -> Result<()> {
+    let count = args.requests as usize;
+    let (rate, shape, range) = (args.request_rate, args.burstiness, args.range_ratio);
+    if !shape.is_finite() {
+        return Err(Error::Usage("--burstiness inf: write a number".into()));
+    }
+    let load = serve::Load {
+        server: usage("URL", args.server.parse::<serve::Server>())?.with_key(args.api_key.clone()),
+        model: args.served_model.clone(),
+        chat: args.chat,
+        arrivals: match &args.trace {
+            Some(path) => Arrival::trace(path, count)?,
+            None => Arrival::random(count, rate, shape, args.input_tokens, args.output_tokens, range, args.seed),
+        },
+        max_concurrency: args.max_concurrency.map(|n| n as usize),
+        warmup: args.warmup as usize,
+        extra_body: args.extra_body.clone(),
+        goals: args.goodput.iter().map(|goal| usage("--goodput", goal.parse())).collect::<Result<_>>()?,
+        seed: args.seed,
+    };
+    let bar = ProgressBar::with_draw_target(Some(load.arrivals.len() as u64), ProgressDrawTarget::stderr());
+    let (load, answers, seconds) = serve::run(load, {
+        let bar = bar.clone();
+        move |done| bar.set_position(done as u64)
+    })?;
+    bar.finish_and_clear();
+    let summary = serve::Summary::new(&load, rate, shape, &answers, seconds);
+    Printer::new().write(&summary.table())?;
+    args.json.as_ref().map_or(Ok(()), |path| crate::bench::save(path, &summary))
 }
 
 /// `what` there are `requests` of, in the words of the flags.

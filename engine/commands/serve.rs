@@ -19,9 +19,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .map_err(|e| {
             Error::Usage(format!("cannot listen at {}:{}: {e}: choose another --port", args.host, args.port))
         })?;
+    let telemetry = super::telemetry(&args.model.source, &device);
     let engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
     let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
-    let state = ServerState::new(Service::start(engine), Settings { loopback, ..settings(args) });
+    let state = ServerState::new(Service::start(engine), telemetry, Settings { loopback, ..settings(args) });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Output)?;
     runtime.block_on(async {
         let listener = TcpListener::from_std(listener).map_err(Error::Output)?;

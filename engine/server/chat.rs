@@ -191,6 +191,8 @@ impl Chat {
         }
         if let Some(update) = last {
             json["stop_reason"] = update.stop_string.as_deref().into();
+        }
+        if last.is_some() || self.options.continuous_usage {
             self.add_thinking(index, &mut json);
         }
         let mut chunk = self.head.json(json!([json]));

@@ -3,6 +3,7 @@
 
 use super::ServerState;
 use super::errors::{ApiError, ApiResult};
+use super::metrics::Watch;
 use crate::Result;
 use crate::engine::Update;
 use crate::frontend::Request;
@@ -11,6 +12,7 @@ use axum::http::StatusCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
+use std::time::Instant;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// Prompts of one request; answers to each of them.
@@ -41,6 +43,8 @@ pub struct Generation {
     state: Arc<ServerState>,
     id: String,
     updates: UnboundedReceiver<(usize, Result<Update>)>,
+    /// By choice.
+    watches: Vec<Watch>,
     /// Of the choices without an end.
     tickets: Vec<Option<Ticket>>,
     open: usize,
@@ -50,7 +54,7 @@ pub struct Generation {
 impl Generation {
     /// # Errors
     /// What the engine refuses, and everything at a time when there is too much to do already.
-    pub fn start(state: &Arc<ServerState>, wanted: &GenerationRequest) -> ApiResult<Generation> {
+    pub fn start(state: &Arc<ServerState>, wanted: &GenerationRequest, arrived: Instant) -> ApiResult<Generation> {
         state.note_unknown(&wanted.unknown);
         let choices = wanted.prompts.len() as u32 * wanted.n;
         let admit = |open: u32| open.checked_add(choices).filter(|&open| open <= state.settings.max_answers);
@@ -71,6 +75,7 @@ impl Generation {
             state: state.clone(),
             id: wanted.id.clone(),
             updates,
+            watches: Vec::new(),
             tickets: Vec::new(),
             open: choices as usize,
             choices,
@@ -90,6 +95,7 @@ impl Generation {
                 let ticket = state.service.submit_to(&request, parent, sink)?;
                 parent = parent.or(Some(ticket.id()));
                 generation.tickets.push(Some(ticket));
+                generation.watches.push(state.metrics.watch(arrived, prompt.len()));
             }
         }
         let ids = generation.tickets.iter().flatten().map(Ticket::id).collect();
@@ -109,6 +115,7 @@ impl Generation {
             self.open = 0;
             return Poll::Ready(Some(Err(ApiError::engine_failed())));
         };
+        self.state.metrics.note(&mut self.watches[choice], &update);
         if update.finish.is_some() {
             self.tickets[choice] = None;
             self.open -= 1;

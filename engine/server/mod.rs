@@ -14,7 +14,9 @@ mod generation;
 mod information;
 mod listener;
 mod messages;
+mod metrics;
 mod openai;
+mod page;
 mod parameters;
 mod responses;
 mod sse;
@@ -24,8 +26,10 @@ pub use listener::serve;
 pub use parameters::EffortTable;
 
 use crate::engine::{RequestId, Update};
+use crate::kernels::params::PAGE_TOKENS;
 use crate::sequence::{Answer, FinishReason};
 use crate::service::Service;
+use crate::telemetry::Telemetry;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Request, State};
@@ -36,12 +40,13 @@ use axum::routing::{MethodRouter, get, post};
 use errors::ApiResult;
 use fields::Fields;
 use generation::{Generation, GenerationRequest};
+use metrics::Metrics;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
 
 /// What the operator decides.
@@ -97,6 +102,9 @@ impl Default for Settings {
 pub struct ServerState {
     pub service: Arc<Service>,
     pub settings: Settings,
+    metrics: Metrics,
+    /// None without a GPU.
+    telemetry: Option<Telemetry>,
     /// Seconds since 1970.
     started: u64,
     /// Answers waiting and being made.
@@ -123,8 +131,10 @@ pub enum Phase {
 const MAX_UNKNOWN_NAMES: usize = 256;
 
 impl ServerState {
-    pub fn new(service: Service, settings: Settings) -> Arc<ServerState> {
+    pub fn new(service: Service, telemetry: Option<Telemetry>, settings: Settings) -> Arc<ServerState> {
         Arc::new(ServerState {
+            metrics: Metrics::new(&settings.model_name, PAGE_TOKENS, service.stats().pages, telemetry.is_some()),
+            telemetry,
             service: Arc::new(service),
             settings,
             started: seconds_since_1970(),
@@ -180,6 +190,7 @@ impl ServerState {
             let name = if counts.len() < MAX_UNKNOWN_NAMES || counts.contains_key(name) { name } else { "others" };
             let count = counts.entry(name.into()).or_insert(0);
             *count += 1;
+            self.metrics.unknown_field(name);
             if *count == 1 {
                 tracing::warn!(field = name, "a request has a field that this server does not know: it is ignored");
             }
@@ -235,6 +246,10 @@ trait Dialect: Send {
 /// All routes. Those that are public need no key.
 pub fn router(state: Arc<ServerState>) -> Router {
     Router::new()
+        .route("/", get(page::index))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
+        .route("/metrics", get(metrics::metrics))
         .route("/health", get(information::health))
         .route("/ready", get(information::ready))
         .route("/ping", get(information::health))
@@ -255,8 +270,8 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .with_state(state)
 }
 
-/// Needs no key: what load balancers ask.
-const PUBLIC: &[&str] = &["/health", "/ready", "/ping"];
+/// Needs no key: what load balancers and monitoring ask, and the page, which asks for the key.
+const PUBLIC: &[&str] = &["/health", "/ready", "/ping", "/metrics", "/", "/page.css", "/page.js"];
 
 /// What holds for every request: where a browser may come from, the key, the id that comes back.
 async fn guard(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
@@ -324,9 +339,10 @@ async fn generate<D: Dialect + 'static>(state: &Arc<ServerState>, request: Reque
         return Err(ApiError::engine_failed());
     }
     let body = body(state, request).await?;
+    let arrived = Instant::now();
     let (generation, mut dialect, stream) = blocking(state, move |state| {
         let (wanted, dialect) = D::parse(Fields::parse(&body)?, state)?;
-        Ok((Generation::start(state, &wanted)?, dialect, wanted.stream))
+        Ok((Generation::start(state, &wanted, arrived)?, dialect, wanted.stream))
     })
     .await?;
     if stream {

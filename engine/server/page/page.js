@@ -79,7 +79,7 @@ class Turn {
   constructor(question, most, least) {
     this.root = $("#turn").content.cloneNode(true).firstElementChild;
     $(".question", this.root).textContent = question;
-    Object.assign(this, { most, least: least ?? 0, answer: "", thinking: 0, ignores: 0, tokens: 0, first: null, last: null });
+    Object.assign(this, { most, least: least ?? 0, answer: "", ignores: 0, tokens: 0, first: null, last: null });
     $(".enough", this.root).addEventListener("click", () => this.endThinking());
     $("#turns").append(this.root);
     this.scroll();
@@ -102,25 +102,23 @@ class Turn {
     const choice = chunk.choices?.[0];
     if (!choice) return;
     const { reasoning_content: reasoning, content } = choice.delta;
-    const marks = choice.thinking ?? {};
     this.first ??= performance.now();
     this.last = performance.now();
     if (reasoning) {
       $(".thinking", this.root).hidden = false;
-      this.write(".thinking .text", reasoning, marks.injected);
+      this.write(".thinking .text", reasoning, choice.injected);
     }
     if (content) {
       this.answer += content;
-      this.write(".answer", content, marks.injected);
+      this.write(".answer", content, choice.injected);
     }
-    if (choice.thinking) this.showBudget(marks);
+    if (choice.thinking?.reasoning_tokens) this.showBudget(choice.thinking, !this.answer && !choice.finish_reason);
     if (choice.finish_reason) this.finish = choice.finish_reason;
     this.scroll();
   }
 
-  showBudget({ tokens, ignores, open }) {
+  showBudget({ reasoning_tokens: tokens, ignores_used: ignores }, open) {
     $(".budget", this.root).hidden = false;
-    this.thinking = tokens;
     // Without a maximum the bar doubles its range when it is full.
     const range = this.most ?? Math.max(64, 2 ** Math.ceil(Math.log2(tokens + 1)));
     const percent = (n) => `${range ? Math.min(100, (100 * n) / range) : 100}%`;
@@ -194,8 +192,8 @@ async function ask(question) {
       headers: headers(),
       signal: running.signal,
       body: JSON.stringify({
-        ...fields, messages, model: $("#model").textContent, stream: true,
-        stream_options: { include_usage: true, include_thinking: true },
+        ...fields, messages, model: $("#model").textContent || undefined, stream: true,
+        stream_options: { include_usage: true, continuous_usage_stats: true },
       }),
     });
     if (!response.ok) throw new Error(await problemOf(response));
@@ -235,13 +233,19 @@ $("#clear").addEventListener("click", () => {
 
 const wide = matchMedia("(min-width: 46rem)");
 $("#settings").open = wide.matches;
+
+// Name and context of the model. A server that wants a key tells them with it.
+async function meetModel() {
+  const response = await fetch("v1/models", { headers: headers() });
+  if (!response.ok) return;
+  const model = (await response.json()).data[0];
+  $("#model").textContent = model.id;
+  context = model.max_model_len;
+}
+
 try {
-  const response = await fetch("v1/models");
-  if (response.ok) {
-    const model = (await response.json()).data[0];
-    $("#model").textContent = model.id;
-    context = model.max_model_len;
-  }
+  await meetModel();
 } finally {
   PARAMETERS.forEach(addControl);
+  controls.api_key.input.addEventListener("change", meetModel);
 }
