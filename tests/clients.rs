@@ -88,6 +88,26 @@ fn openais_client_gets_what_it_expects() {
     run_script("openai", "", &["tests/openai_client.py", &server.url(), "secret"]);
 }
 
+/// Names of metrics in a text.
+fn metrics_in(text: &str) -> std::collections::BTreeSet<String> {
+    let begin = |at: usize| ["vllm:", "ponder:"].iter().any(|prefix| text[at..].starts_with(prefix));
+    let name = |at: usize| text[at..].chars().take_while(|c| c.is_alphanumeric() || [':', '_'].contains(c)).collect();
+    let places = text.char_indices().map(|(at, _)| at);
+    places.filter(|&at| begin(at)).map(name).collect()
+}
+
+#[test]
+fn the_dashboard_asks_for_metrics_that_there_are() {
+    let dashboard = std::fs::read_to_string("docs/grafana.json").unwrap();
+    serde_json::from_str::<Value>(&dashboard).expect("JSON");
+    let source = metrics_in(&std::fs::read_to_string("engine/server/metrics.rs").unwrap());
+    let asked = metrics_in(&dashboard);
+    assert!(asked.len() > 15, "{asked:?}");
+    for name in asked {
+        assert!(source.contains(name.trim_end_matches("_bucket")), "{name}");
+    }
+}
+
 #[test]
 fn bench_serve_measures_what_metrics_count() {
     let server = Serving::start(&["--device", "sim:h100"]);
