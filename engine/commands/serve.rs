@@ -3,6 +3,7 @@
 use crate::args::ServeArgs;
 use crate::server::{self, EffortTable, ServerState, Settings};
 use crate::{Error, Result, Service};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -62,6 +63,7 @@ fn folder_name(path: &Path) -> String {
 fn log(json: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none());
     match json {
         true => log.json().init(),
         false => log.with_target(false).init(),
