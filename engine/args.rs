@@ -7,6 +7,7 @@ use crate::frontend::Request;
 use crate::sampling::SamplingRequest;
 use crate::thinking::ThinkingChoice;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
 use std::path::PathBuf;
 
 /// LLM inference with budget forcing: how long a model thinks is decided inside the sampler.
@@ -31,6 +32,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure kernels or a whole model.
     Bench(BenchArgs),
+    /// Study how thinking budgets and inference techniques behave: a folder with results, a report and plots.
+    Study(StudyArgs),
 }
 
 #[derive(Debug, Group)]
@@ -301,6 +304,154 @@ fn parse_positive(text: &str) -> Result<f64, String> {
 
 fn parse_share(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|n| (0.0..=1.0).contains(n)).ok_or_else(|| "write a number from 0 to 1".into())
+}
+
+#[derive(Debug, Group)]
+pub struct StudyArgs {
+    #[command(subcommand)]
+    pub command: StudyCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StudyCommand {
+    /// Accuracy against thinking tokens: sweeps of the budget, s1's metrics, baselines.
+    Scaling(ScalingArgs),
+    /// The same requests with one acceleration technique after the other turned off; where the time of a decode step goes.
+    Ablation(AblationArgs),
+    /// Few good questions out of many, as s1K was made: quality, decontamination, difficulty, diversity.
+    Curate(CurateArgs),
+}
+
+#[derive(Debug, Group)]
+pub struct ScalingArgs {
+    /// FILE: on each line an object with question, answer and grader (exact, integer, boxed, choice, regex). modulo:N: made-up
+    /// problems for models/modulo. aime:FILE, math500:FILE, gpqa:FILE: these sets as they are published.
+    #[arg(value_name = "TASK", index = 2)]
+    pub task: String,
+    /// Folder for results, report and plots. What it knows already is not asked again.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// What is swept.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "KINDS",
+        value_delimiter = ',',
+        default_value = "maximum,ignore,string,token,step,class,rejection,parallel"
+    )]
+    pub sweeps: Vec<SweepKind>,
+    /// Maxima of sweep `maximum`, and limits of the baselines.
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "500,1000,2000,4000,8000,16000")]
+    pub max_thinking_tokens: Vec<u32>,
+    /// Ends ignored in sweep `maximum`.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub ignored_at_maximum: u32,
+    /// How many ends sweep `ignore` ignores.
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "0,1,2,4,6")]
+    pub n_ignore: Vec<u32>,
+    /// What sweep `string` puts in the place of an ignored end; an empty one: nothing. The others use the first.
+    #[arg(long, value_name = "TEXTS", value_delimiter = ',', default_value = "Wait,Hmm,Alternatively,")]
+    pub ignore_strings: Vec<String>,
+    /// Ends ignored in sweep `string`.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub ignored_by_string: u32,
+    /// Draws of each problem in sweeps `rejection` and `parallel`.
+    #[arg(long, value_name = "K", default_value_t = 16)]
+    pub samples: u32,
+    /// At which those are drawn; the other sweeps are greedy.
+    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    pub temperature: f32,
+    /// Most tokens of an answer, thinking included [default: up to the context].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// Of made-up problems, of draws, of bootstrap intervals.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// What `study scaling` sweeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum SweepKind {
+    /// Budget forcing: the maximum.
+    Maximum,
+    /// Budget forcing without a maximum: how many ends are ignored.
+    Ignore,
+    /// What replaces an ignored end.
+    String,
+    /// Baseline: the prompt names a number of tokens; without and with budget forcing.
+    Token,
+    /// Baseline: the prompt names a number of steps; without and with budget forcing.
+    Step,
+    /// Baseline: the prompt asks for short or long thinking.
+    Class,
+    /// Baseline: answers are drawn until one has thought no longer than the maximum.
+    Rejection,
+    /// Majority vote of answers drawn in parallel.
+    Parallel,
+}
+
+#[derive(Debug, Group)]
+pub struct AblationArgs {
+    /// Folder for results, report and plots. What it knows already is not run again.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Requests, submitted together. Prompts are random token ids.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub requests: u32,
+    /// Length of each prompt.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..1 << 20))]
+    pub input_tokens: u32,
+    /// How many of them all prompts begin with.
+    #[arg(long, value_name = "TOKENS", default_value_t = 256)]
+    pub shared_tokens: u32,
+    /// Length of each answer.
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..1 << 20))]
+    pub output_tokens: u32,
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Model folder: config.json, safetensors.
+    #[arg(value_name = "MODEL")]
+    pub path: PathBuf,
+    /// host, cuda:N, sim:h100,instant, or auto: a GPU if there is one, else the host target.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+    /// Where the weights come from.
+    #[arg(long, value_enum, default_value = "safetensors", value_name = "FORMAT")]
+    pub load_format: LoadFormat,
+}
+
+#[derive(Debug, Group)]
+pub struct CurateArgs {
+    /// On each line an object with question, trace, answer, domain and, perhaps, id, grader [default: boxed], trace_tokens, and
+    /// solved: for each model that has tried, whether it was right.
+    #[arg(value_name = "POOL")]
+    pub pool: PathBuf,
+    /// Folder for selected.jsonl, results, report and plots. What it knows already is not asked again.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// How many to select.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub select: usize,
+    /// Tasks, written as for `study scaling`, with which no question may share eight words in a row. Repeatable.
+    #[arg(long, value_name = "TASK")]
+    pub against: Vec<String>,
+    /// Folders of models that try every question that is left; what one of them answers is too easy. Repeatable.
+    #[arg(long, value_name = "MODEL")]
+    pub model: Vec<PathBuf>,
+    /// Most tokens that they think.
+    #[arg(long, value_name = "N")]
+    pub max_thinking_tokens: Option<u32>,
+    /// Most tokens of their answers, thinking included [default: up to the context].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {

@@ -126,6 +126,11 @@ impl Engine {
         self.stepper.profile()
     }
 
+    /// Kernels and recorded lists handed to the device since the start.
+    pub fn launch_calls(&self) -> u64 {
+        self.stepper.launch_calls()
+    }
+
     pub fn host_work(&self) -> HostWork {
         self.stepper.host_work
     }

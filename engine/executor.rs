@@ -61,6 +61,26 @@ pub struct ExecutorOptions {
     pub profile: bool,
     /// A request's tokens depend on nothing but itself.
     pub deterministic: bool,
+    pub techniques: Techniques,
+}
+
+/// What makes steps faster and changes no token; a study turns one off at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Techniques {
+    /// Kernels may start before their predecessors have finished.
+    pub pdl: bool,
+    /// Attention of decode cuts sequences, so that few of them occupy all processors.
+    pub split_kv: bool,
+    /// A decode step has no more rows than the smallest bucket that holds it, instead of the largest.
+    pub buckets: bool,
+    /// Steps launched before the tokens of the first of them are read.
+    pub run_ahead: u32,
+}
+
+impl Default for Techniques {
+    fn default() -> Self {
+        Techniques { pdl: true, split_kv: true, buckets: true, run_ahead: 3 }
+    }
 }
 
 impl Default for ExecutorOptions {
@@ -74,6 +94,7 @@ impl Default for ExecutorOptions {
             decode_loop: DecodeLoop::default(),
             profile: false,
             deterministic: false,
+            techniques: Techniques::default(),
         }
     }
 }
@@ -199,6 +220,8 @@ pub struct Executor {
     /// By slot: whose prompt is to be reported on, and what is known of it so far.
     scores: HashMap<u32, (u32, Vec<Score>)>,
     profile: Option<BTreeMap<&'static str, KernelCost>>,
+    techniques: Techniques,
+    launch_calls: u64,
 }
 
 /// The decode steps of a bucket as recorded.
@@ -258,7 +281,10 @@ impl Executor {
         };
         let max_pages = plan.context.div_ceil(PAGE_TOKENS);
         let cache = KvCache::new(device, config.num_layers, model::heads(config), plan.pages, plan.slots, max_pages)?;
-        let fixed_splits = options.deterministic.then_some(max_pages);
+        let fixed_splits = match options.techniques.split_kv {
+            true => options.deterministic.then_some((max_pages, 4)),
+            false => Some((max_pages, max_pages)),
+        };
         let mut executor = Executor {
             device: device.clone(),
             slots: Slots::new(device, plan.slots, traits)?,
@@ -275,6 +301,8 @@ impl Executor {
             in_flight: 0,
             scores: HashMap::new(),
             profile: options.profile.then(BTreeMap::new),
+            techniques: options.techniques,
+            launch_calls: 0,
         };
         if options.graphs && !options.profile {
             for bucket in BUCKETS {
@@ -339,10 +367,21 @@ impl Executor {
         self.profile.iter().flatten().map(|(&name, &cost)| (name, cost))
     }
 
+    /// Kernels and recorded lists handed to the device since the start.
+    pub fn launch_calls(&self) -> u64 {
+        self.launch_calls
+    }
+
     /// The launches of a decode step of so many rows, as recorded.
     pub fn decode_launches(&self, bucket: u32, keys: u64) -> Result<Vec<Launch>> {
         let rows = Rows { count: bucket, slot: &self.inputs.decode_slot, position: &self.inputs.position };
-        self.model.decode(&rows, keys, &self.cache, &self.slots, &self.activations)
+        let launches = self.model.decode(&rows, keys, &self.cache, &self.slots, &self.activations)?;
+        Ok(self.with_techniques(launches))
+    }
+
+    fn with_techniques(&self, mut launches: Vec<Launch>) -> Vec<Launch> {
+        launches.iter_mut().for_each(|launch| launch.pdl &= self.techniques.pdl);
+        launches
     }
 
     /// Enqueues a step.
@@ -375,7 +414,9 @@ impl Executor {
 
     fn decode(&mut self, slots: &[u32], steps: u32) -> Result<()> {
         assert!(self.in_flight + steps <= RING_STEPS, "the ring holds {RING_STEPS} steps");
-        let index = BUCKETS.iter().position(|&b| slots.len() <= b as usize).expect("the scheduler knows the rows");
+        let fits =
+            |&bucket: &u32| slots.len() <= bucket as usize && (self.techniques.buckets || bucket == MAX_DECODE_ROWS);
+        let index = BUCKETS.iter().position(fits).expect("the scheduler knows the rows");
         let mut decode_slots = [0; MAX_DECODE_ROWS as usize];
         for (to, &slot) in decode_slots.iter_mut().zip(slots) {
             *to = slot as i32;
@@ -388,12 +429,17 @@ impl Executor {
             Some(DecodeGraphs { many: Some(many), .. }) if many.repeats && steps > 1 => {
                 self.slots.run_for(self.in_flight + steps);
                 self.device.replay(many)?;
+                self.launch_calls += 1;
                 self.looping = true;
             }
             Some(DecodeGraphs { many: Some(many), .. }) if steps == self.decode_loop.steps() => {
                 self.device.replay(many)?;
+                self.launch_calls += 1;
             }
-            Some(DecodeGraphs { one, .. }) => (0..steps).try_for_each(|_| self.device.replay(one))?,
+            Some(DecodeGraphs { one, .. }) => {
+                (0..steps).try_for_each(|_| self.device.replay(one))?;
+                self.launch_calls += u64::from(steps);
+            }
             None => {
                 assert_eq!(steps, 1, "only recorded steps come in numbers");
                 let keys = slots.iter().map(|&s| self.lengths[s as usize] as u64).sum();
@@ -460,7 +506,7 @@ impl Executor {
             sampled: last_rows.len() as u32,
         };
         let launches = self.model.prefill(&step, &self.cache, &self.slots, &self.activations)?;
-        self.launch(launches)?;
+        self.launch(self.with_techniques(launches))?;
         self.in_flight += !last_rows.is_empty() as u32;
         self.score(chunks)
     }
@@ -491,6 +537,7 @@ impl Executor {
     }
 
     fn launch(&mut self, launches: Vec<Launch>) -> Result<()> {
+        self.launch_calls += launches.len() as u64;
         let Some(profile) = &mut self.profile else {
             return launches.iter().try_for_each(|launch| self.device.launch(launch));
         };

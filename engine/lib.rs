@@ -30,6 +30,7 @@ pub mod service;
 pub mod simulator;
 pub mod slots;
 pub mod stepper;
+pub mod study;
 pub mod telemetry;
 pub mod thinking;
 pub mod tiles;

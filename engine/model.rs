@@ -79,7 +79,7 @@ impl Activations {
     }
 
     /// `fixed_splits`: see [`Workspace::new`].
-    pub fn new(device: &Device, c: &ModelConfig, rows: u32, fixed_splits: Option<u32>) -> Result<Activations> {
+    pub fn new(device: &Device, c: &ModelConfig, rows: u32, fixed_splits: Option<(u32, u32)>) -> Result<Activations> {
         let rows = rows.max(MAX_DECODE_ROWS);
         let heads = heads(c);
         let decode = MAX_DECODE_ROWS as usize;

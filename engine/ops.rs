@@ -103,17 +103,25 @@ pub struct Workspace {
 
 impl Workspace {
     /// For products of up to `n` columns, a residual stream of `hidden`, and attention with these heads. `fixed_splits`: pages of
-    /// the longest sequence, if a row's attention must not depend on the other rows.
-    pub fn new(device: &Device, n: usize, hidden: usize, heads: Heads, fixed_splits: Option<u32>) -> Result<Workspace> {
+    /// the longest sequence and the fewest that a piece of one may have, if a row's attention must not depend on the other rows.
+    pub fn new(
+        device: &Device,
+        n: usize,
+        hidden: usize,
+        heads: Heads,
+        fixed_splits: Option<(u32, u32)>,
+    ) -> Result<Workspace> {
         let blocks = device.processors() as usize;
         let gemv = MAX_DECODE_ROWS as usize * GEMV_TILE_ROWS as usize;
         let attention = (heads.group() * (heads.dim + 2)) as usize;
         let pieces = |max_pages: u32, split| (MAX_DECODE_ROWS * heads.kv * max_pages.div_ceil(split)) as usize;
-        let split_pages = fixed_splits.map_or(0, |max_pages| {
+        let split_pages = fixed_splits.map_or(0, |(max_pages, least)| {
             let fits = |split: &u32| pieces(max_pages, *split) * attention * 4 <= SPLIT_BYTES;
-            std::iter::successors(Some(4), |split| Some(split * 2)).find(fits).expect("some split is the longest")
+            std::iter::successors(Some(least), |split: &u32| Some(split * 2))
+                .find(fits)
+                .expect("some split is the longest")
         });
-        let split = fixed_splits.map_or(0, |max_pages| pieces(max_pages, split_pages) * attention);
+        let split = fixed_splits.map_or(0, |(max_pages, _)| pieces(max_pages, split_pages) * attention);
         let tickets = n.div_ceil(GEMV_TILE_ROWS as usize).max((MAX_DECODE_ROWS * heads.kv) as usize);
         let ticket = device.alloc(tickets * 4)?;
         device.fill(&ticket, 0, tickets * 4, 0)?;

@@ -1,5 +1,5 @@
 //! One step after another: the scheduler plans it, the executor or the simulator runs it, and the scheduler takes note of the
-//! tokens. No step waits for the token of the one before it: [`RUN_AHEAD`] of them are in flight. Knows no text.
+//! tokens. No step waits for the token of the one before it: several are in flight (`Techniques::run_ahead`). Knows no text.
 
 use crate::Result;
 use crate::batch::{Batch, TokenEvent};
@@ -12,9 +12,6 @@ use crate::scheduler::{Counters, Limits, Scheduler, Submission};
 use crate::simulator::Simulator;
 use std::time::{Duration, Instant};
 
-/// Steps launched before the token of the first of them is read.
-pub const RUN_AHEAD: u32 = 3;
-
 /// Prompt tokens in one step while others decode. Fewer would take hardly less time on an H100: its tensor cores need as long
 /// for about 300 tokens as its memory for the weights.
 const PREFILL_BESIDE_DECODE: u32 = 256;
@@ -22,6 +19,8 @@ const PREFILL_BESIDE_DECODE: u32 = 256;
 pub struct Stepper {
     runner: Runner,
     scheduler: Scheduler,
+    /// Steps launched before the tokens of the first of them are read.
+    run_ahead: u32,
     start: Instant,
     pub host_work: HostWork,
 }
@@ -153,7 +152,8 @@ impl Stepper {
             decode_steps: runner.decode_steps(),
             deterministic: options.deterministic,
         });
-        Ok(Stepper { runner, scheduler, start: Instant::now(), host_work: HostWork::default() })
+        let run_ahead = options.techniques.run_ahead;
+        Ok(Stepper { runner, scheduler, run_ahead, start: Instant::now(), host_work: HostWork::default() })
     }
 
     /// Longest sequence: prompt and answer.
@@ -192,7 +192,7 @@ impl Stepper {
     pub fn step(&mut self) -> Result<Vec<TokenEvent>> {
         self.break_in();
         let mut events = loop {
-            while self.runner.in_flight() < RUN_AHEAD && !self.runner.is_looping() {
+            while self.runner.in_flight() < self.run_ahead && !self.runner.is_looping() {
                 let before = Instant::now();
                 let batch = self.scheduler.plan();
                 self.host_work.plan += before.elapsed();
@@ -237,6 +237,14 @@ impl Stepper {
         }
         .into_iter()
         .flatten()
+    }
+
+    /// Kernels and recorded lists handed to the device since the start; none where nothing runs.
+    pub fn launch_calls(&self) -> u64 {
+        match &self.runner {
+            Runner::Executor(executor) => executor.launch_calls(),
+            Runner::Simulator(_) => 0,
+        }
     }
 
     pub fn stats(&self) -> Stats {

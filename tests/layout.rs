@@ -13,7 +13,8 @@ const COMPUTE: &[&str] =
 /// What both may use, and which uses neither: one step's work, and what the model folder says.
 const SHARED: &[&str] = &["batch", "checkpoint", "config", "error"];
 /// What may use both.
-const MEETING: &[&str] = &["bench", "commands", "engine", "lib", "main", "server", "service", "stepper", "telemetry"];
+const MEETING: &[&str] =
+    &["bench", "commands", "engine", "lib", "main", "server", "service", "stepper", "study", "telemetry"];
 
 fn files(folder: &str, extensions: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();

@@ -12,7 +12,7 @@ use std::path::Path;
 
 pub const FOLDER: &str = "models/modulo";
 
-fn device() -> Device {
+pub fn device() -> Device {
     let choice = match std::env::var("TEST_DEVICE").as_deref() {
         Ok("cuda") => DeviceChoice::Cuda(0),
         _ => DeviceChoice::Host,

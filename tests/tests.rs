@@ -31,3 +31,4 @@ mod server;
 mod service;
 mod simt;
 mod simulator;
+mod study;

@@ -8,6 +8,7 @@ mod inspect;
 mod output;
 mod profile;
 mod serve;
+mod study;
 
 use crate::Result;
 use crate::args::{Args, Command, DecodeLoopKind, LoadFormat, ModelArgs, SourceArgs};
@@ -28,6 +29,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Batch(args) => batch::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Study(args) => study::run(&args),
     }
 }
 

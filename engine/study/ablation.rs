@@ -1,0 +1,428 @@
+//! `ponder study ablation`: the same requests with one acceleration technique after the other turned off, and where the time of a
+//! decode step goes. What a device cannot show is not made up: the host target gives launches, bytes and FLOPs, a simulated GPU
+//! the time by its roofline, a GPU the time by the clock.
+//!
+//! Fused epilogues and packed heads cannot be turned off, because there are no kernels without them; what they save is computed
+//! from the model's shape and said to be.
+
+use super::folder::{Folder, Journal};
+use super::plot::{Waterfall, save_waterfall};
+use super::random::Random;
+use crate::bench::Report;
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::device::Device;
+use crate::engine::{Engine, RequestId};
+use crate::executor::{DecodeLoop, ExecutorOptions, KernelCost, Techniques};
+use crate::frontend::{Frontend, Request};
+use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
+use crate::model::Weights;
+use crate::sampling::SamplingRequest;
+use crate::{Error, Result};
+use indicatif::ProgressBar;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+/// Of an H100 by its data sheet: for the time that bytes and FLOPs need at the least where no device is there to say.
+const H100_BYTES_PER_SECOND: f64 = 3.35e12;
+const H100_FLOPS_PER_SECOND: f64 = 989e12;
+
+/// The work.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Work {
+    pub requests: u32,
+    pub input_tokens: u32,
+    /// How many of them all prompts begin with.
+    pub shared_tokens: u32,
+    pub output_tokens: u32,
+    pub seed: u64,
+}
+
+/// A way of doing it.
+struct Variant {
+    name: &'static str,
+    options: ExecutorOptions,
+    /// Requests may use what others have computed of the same beginning.
+    prefix_cache: bool,
+    /// What a simulated GPU knows of.
+    simulated: bool,
+}
+
+/// What a variant has cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cost {
+    pub name: String,
+    /// Kernels run, in all.
+    pub kernels: u64,
+    /// Kernels and recorded lists that the host has launched.
+    pub launch_calls: u64,
+    /// That had to move, and to be computed.
+    pub bytes: u64,
+    pub flops: u64,
+    /// Of the whole work. None on the host target.
+    pub seconds: Option<f64>,
+    /// The answers' tokens, hashed.
+    pub tokens: String,
+    /// The same as with everything on.
+    pub same_tokens: bool,
+}
+
+/// A kernel's share of a decode step of all requests.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Share {
+    pub kernel: String,
+    pub launches: u64,
+    pub bytes: u64,
+    pub flops: u64,
+    /// On a GPU each kernel alone, by the clock; else what an H100's roofline allows.
+    pub seconds: f64,
+}
+
+/// What a technique that cannot be turned off adds to a decode step when it is away: computed, not run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Modelled {
+    pub name: String,
+    pub launches: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Results {
+    pub model: String,
+    pub variants: Vec<Cost>,
+    /// Empty on a simulated device. In the order of a step.
+    pub step: Vec<Share>,
+    /// All of it.
+    pub step_total: Option<Share>,
+    pub modelled: Vec<Modelled>,
+}
+
+/// What is run, and where.
+pub struct Subject<'a> {
+    pub name: String,
+    pub folder: &'a Path,
+    pub checkpoint: Option<&'a Checkpoint>,
+    pub device: &'a Device,
+    pub work: Work,
+}
+
+/// Runs every variant that the folder does not know yet, and writes results, report and plots.
+///
+/// # Errors
+/// Work that does not fit, a device that fails, a folder that cannot be written or belongs to another study.
+pub fn run(subject: &Subject, folder: &Folder, bar: &ProgressBar) -> Result<Results> {
+    let Subject { device, work, .. } = subject;
+    if work.shared_tokens >= work.input_tokens {
+        let problem = format!("--shared-tokens {}: prompts of {} must differ", work.shared_tokens, work.input_tokens);
+        return Err(Error::Usage(problem));
+    }
+    let settings = json!({"study": "ablation", "model": subject.name, "device": device.describe(), "work": work});
+    let (mut journal, known) = Journal::open::<Cost>(&folder.path("answers.jsonl"), &settings)?;
+    let mut known: BTreeMap<String, Cost> = known.into_iter().map(|cost| (cost.name.clone(), cost)).collect();
+    let simulated = device.simulated().is_some();
+    let variants: Vec<Variant> = variants(work).into_iter().filter(|v| v.simulated || !simulated).collect();
+    bar.set_length(variants.len() as u64);
+    let mut costs = Vec::<Cost>::new();
+    for variant in &variants {
+        let cost = match known.remove(variant.name) {
+            Some(cost) => cost,
+            None => {
+                let mut cost = subject.cost(variant)?;
+                cost.same_tokens = costs.first().is_none_or(|base| base.tokens == cost.tokens);
+                journal.append(&cost)?;
+                cost
+            }
+        };
+        costs.push(cost);
+        bar.inc(1);
+    }
+    let config = ModelConfig::load(subject.folder)?;
+    let step = if simulated { Vec::new() } else { subject.step(&variants[0])? };
+    let total = |of: fn(&Share) -> u64| step.iter().map(of).sum();
+    let results = Results {
+        model: subject.name.clone(),
+        variants: costs,
+        step_total: (!step.is_empty()).then(|| Share {
+            kernel: "the step".into(),
+            launches: total(|s| s.launches),
+            bytes: total(|s| s.bytes),
+            flops: total(|s| s.flops),
+            seconds: step.iter().map(|s| s.seconds).sum(),
+        }),
+        step,
+        modelled: modelled(&config, work),
+    };
+    let mut report = Report::new("ponder-study-ablation", device, results);
+    report.args = Some(settings);
+    folder.write_results(&report)?;
+    plots(&report.results, device, folder)?;
+    folder.write("report.md", &markdown(&report, work, device))?;
+    Ok(report.results)
+}
+
+fn variants(work: &Work) -> Vec<Variant> {
+    let length = work.input_tokens + work.output_tokens;
+    let options = || ExecutorOptions {
+        max_context: Some(length),
+        // And the page for each that the scheduler keeps back.
+        pages: Some(work.requests.min(MAX_DECODE_ROWS) * (length.div_ceil(PAGE_TOKENS) + 1)),
+        prefill_chunk: 256,
+        ..ExecutorOptions::default()
+    };
+    let variant = |name, options| Variant { name, options, prefix_cache: true, simulated: false };
+    let technique = |name, change: fn(&mut Techniques)| {
+        let mut options = options();
+        change(&mut options.techniques);
+        variant(name, options)
+    };
+    let whole = (work.requests * work.input_tokens).min(1 << 16);
+    vec![
+        Variant { simulated: true, ..variant("everything on", options()) },
+        variant("no graph", ExecutorOptions { graphs: false, ..options() }),
+        technique("no PDL", |t| t.pdl = false),
+        technique("no run-ahead", |t| t.run_ahead = 1),
+        technique("no split-KV", |t| t.split_kv = false),
+        technique("no batch buckets", |t| t.buckets = false),
+        Variant { prefix_cache: false, simulated: true, ..variant("no prefix cache", options()) },
+        Variant {
+            simulated: true,
+            ..variant("no chunked prefill", ExecutorOptions { prefill_chunk: whole, ..options() })
+        },
+        variant("four steps a launch", ExecutorOptions { decode_loop: DecodeLoop::Multi, ..options() }),
+        variant("loop on the device", ExecutorOptions { decode_loop: DecodeLoop::Device, ..options() }),
+    ]
+}
+
+impl Subject<'_> {
+    fn engine(&self, options: &ExecutorOptions) -> Result<Engine> {
+        let weights = self.checkpoint.map_or(Weights::Dummy, Weights::Checkpoint);
+        Engine::new(Frontend::without_text(self.folder)?, weights, self.device, options, &mut |_, _| {})
+    }
+
+    /// All requests, submitted together.
+    fn submit(&self, engine: &mut Engine, prefix_cache: bool) -> Result<Vec<RequestId>> {
+        let (work, vocab) = (&self.work, engine.frontend.config.vocab_size);
+        let mut random = Random::of(work.seed, "shared prompt");
+        let shared: Vec<u32> = (0..work.shared_tokens).map(|_| random.below(vocab) as u32).collect();
+        (0..work.requests)
+            .map(|i| {
+                let mut random = Random::of(work.seed, &format!("prompt {i}"));
+                let own = (work.shared_tokens..work.input_tokens).map(|_| random.below(vocab) as u32);
+                engine.submit(&Request {
+                    prompt: shared.iter().copied().chain(own).collect(),
+                    max_tokens: Some(work.output_tokens),
+                    sampling: SamplingRequest { temperature: Some(0.0), ignore_eos: true, ..Default::default() },
+                    // Nothing is shared between tenants.
+                    tenant: if prefix_cache { String::new() } else { i.to_string() },
+                    ..Default::default()
+                })
+            })
+            .collect()
+    }
+
+    fn cost(&self, variant: &Variant) -> Result<Cost> {
+        let mut engine = self.engine(&variant.options)?;
+        let calls = engine.launch_calls();
+        let start = engine.now();
+        let mut answers: BTreeMap<RequestId, Vec<u32>> =
+            self.submit(&mut engine, variant.prefix_cache)?.into_iter().map(|id| (id, Vec::new())).collect();
+        while !engine.is_idle() {
+            for update in engine.step()? {
+                let answer = answers.get_mut(&update.request).expect("updates are of open requests");
+                answer.extend(update.token.map(|t| t.token));
+            }
+        }
+        let seconds = (engine.now() - start).as_secs_f64();
+        let calls = engine.launch_calls() - calls;
+        drop(engine);
+        let all = if self.device.simulated().is_some() { KernelCost::default() } else { self.profile(variant)? };
+        let tokens: Vec<Vec<u32>> = answers.into_values().collect();
+        Ok(Cost {
+            name: variant.name.into(),
+            kernels: all.launches,
+            launch_calls: calls,
+            bytes: all.bytes,
+            flops: all.flops,
+            seconds: (!self.device.is_host()).then_some(seconds),
+            tokens: blake3::hash(serde_json::to_string(&tokens).expect("numbers").as_bytes()).to_hex().to_string(),
+            same_tokens: true,
+        })
+    }
+
+    /// The sum of all kernels of the work.
+    fn profile(&self, variant: &Variant) -> Result<KernelCost> {
+        let mut engine = self.engine(&ExecutorOptions { profile: true, ..variant.options.clone() })?;
+        self.submit(&mut engine, variant.prefix_cache)?;
+        while !engine.is_idle() {
+            engine.step()?;
+        }
+        let sum = |a: KernelCost, b: KernelCost| KernelCost {
+            launches: a.launches + b.launches,
+            seconds: a.seconds + b.seconds,
+            bytes: a.bytes + b.bytes,
+            flops: a.flops + b.flops,
+        };
+        Ok(engine.profile().map(|(_, cost)| cost).fold(KernelCost::default(), sum))
+    }
+
+    /// The kernels of one decode step of all requests: the one after each has its first token.
+    fn step(&self, variant: &Variant) -> Result<Vec<Share>> {
+        let mut options = variant.options.clone();
+        // So that one step of the engine is one of the model.
+        (options.profile, options.techniques.run_ahead) = (true, 1);
+        let mut engine = self.engine(&options)?;
+        let ids = self.submit(&mut engine, variant.prefix_cache)?;
+        let mut begun = 0;
+        while begun < ids.len() {
+            let first = |u: &crate::engine::Update| u.token.as_ref().is_some_and(|t| t.generated == 1);
+            begun += engine.step()?.iter().filter(|u| first(u)).count();
+        }
+        let before: BTreeMap<&str, KernelCost> = engine.profile().collect();
+        engine.step()?;
+        let shares = engine.profile().filter_map(|(kernel, after)| {
+            let before = before.get(kernel).copied().unwrap_or_default();
+            let (bytes, flops) = (after.bytes - before.bytes, after.flops - before.flops);
+            let least = (bytes as f64 / H100_BYTES_PER_SECOND).max(flops as f64 / H100_FLOPS_PER_SECOND);
+            let seconds = if self.device.is_host() { least } else { after.seconds - before.seconds };
+            let launches = after.launches - before.launches;
+            (launches > 0).then(|| Share { kernel: kernel.into(), launches, bytes, flops, seconds })
+        });
+        let mut shares: Vec<Share> = shares.collect();
+        shares.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        Ok(shares)
+    }
+}
+
+/// What a decode step of all requests would have besides, if each fused part were a kernel of its own that reads its operands
+/// and writes its result; and if each query head read K and V by itself.
+fn modelled(c: &ModelConfig, work: &Work) -> Vec<Modelled> {
+    const BF16: u64 = 2;
+    let (layers, rows) = (c.num_layers as u64, u64::from(work.requests.min(MAX_DECODE_ROWS)));
+    let (hidden, inner) = (c.hidden_size as u64, c.intermediate_size as u64);
+    let columns = ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim) as u64;
+    let keys = rows * u64::from(work.input_tokens + 1);
+    let cache = 2 * keys * (c.num_kv_heads * c.head_dim) as u64;
+    let group = (c.num_heads / c.num_kv_heads) as u64;
+    let one = |name: &str, per_layer: u64, elements: u64| Modelled {
+        name: name.into(),
+        launches: layers * per_layer,
+        bytes: layers * elements * BF16,
+    };
+    let mut all = vec![
+        // Reads the stream, writes what the product then reads in its place; before q, k, v and before gate and up.
+        one("norm not in the product", 2, 2 * 2 * rows * hidden),
+        // The product writes its result, the addition reads it; after o and after down.
+        one("residual addition not in the product", 2, 2 * 2 * rows * hidden),
+        // Gate and up written and read again.
+        one("silu not in the product", 1, 2 * 2 * rows * inner),
+        // Reads what the other query heads of the group have read.
+        one("heads of a group not packed", 0, (group - 1) * cache),
+    ];
+    // Models that normalise heads of q and k have it as a kernel already.
+    if !c.qk_norm {
+        all.insert(1, one("rotation and append not in the product", 1, 2 * rows * columns));
+    }
+    all
+}
+
+fn plots(r: &Results, device: &Device, folder: &Folder) -> Result<()> {
+    if let Some(total) = &r.step_total {
+        let mut bars = Vec::new();
+        let mut at = 0.0;
+        for share in r.step.iter().chain([total]) {
+            let to = if share.kernel == total.kernel { at } else { at + share.seconds * 1e6 };
+            let from = if share.kernel == total.kernel { 0.0 } else { at };
+            let label = format!("{:.2} us, {:.0} %", share.seconds * 1e6, 100.0 * share.seconds / total.seconds);
+            bars.push((share.kernel.clone(), from, to, label));
+            at = to;
+        }
+        let how = if device.is_host() { "by an H100's roofline" } else { "each kernel alone" };
+        let title = format!("A decode step of {}", r.model);
+        save_waterfall(&Waterfall { title, x: format!("microseconds, {how}"), bars }, &folder.path("step"))?;
+    }
+    let measure = |cost: &Cost| match cost.seconds {
+        Some(seconds) => seconds * 1e3,
+        None => cost.launch_calls as f64,
+    };
+    let base = r.variants.first().map_or(1.0, measure);
+    let bars = r.variants.iter().map(|v| {
+        let percent = 100.0 * (measure(v) / base - 1.0);
+        (v.name.clone(), 0.0, measure(v), format!("{:.1}, {percent:+.1} %", measure(v)))
+    });
+    let x = if device.is_host() { "launches by the host" } else { "milliseconds of the whole work" };
+    let waterfall =
+        Waterfall { title: format!("One technique at a time, {}", r.model), x: x.into(), bars: bars.collect() };
+    save_waterfall(&waterfall, &folder.path("techniques"))
+}
+
+fn markdown(report: &Report<Results>, work: &Work, device: &Device) -> String {
+    let r = &report.results;
+    let mut text = format!(
+        "# What acceleration techniques do for {}\n\n{} requests of {} prompt tokens, of which {} are the same, and {} output tokens; \
+         seed {}. Device: {}. Commit: {}. {}.\n\n![techniques](techniques.png)\n\n\
+         | | kernels | launches by the host | MB | GFLOP | ms | same tokens |\n|---|---|---|---|---|---|---|\n",
+        r.model,
+        work.requests,
+        work.input_tokens,
+        work.shared_tokens,
+        work.output_tokens,
+        work.seed,
+        report.device,
+        report.commit,
+        report.date
+    );
+    for v in &r.variants {
+        let counted = |text: String| if v.kernels > 0 { text } else { "-".into() };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} |",
+            v.name,
+            counted(v.kernels.to_string()),
+            counted(v.launch_calls.to_string()),
+            counted(format!("{:.2}", v.bytes as f64 / 1e6)),
+            counted(format!("{:.3}", v.flops as f64 / 1e9)),
+            v.seconds.map_or("-".into(), |s| format!("{:.3}", s * 1e3)),
+            if v.same_tokens { "yes" } else { "**no**" }
+        );
+    }
+    text += match (device.is_host(), device.simulated().is_some()) {
+        (true, _) => {
+            "\nOn the host target nothing is timed: PDL, run-ahead and split-KV change neither launches nor bytes, and what they are \
+             worth only a GPU can say.\n"
+        }
+        (_, true) => {
+            "\nSimulated time: bytes and FLOPs by the roofline. Only techniques that change those are listed.\n"
+        }
+        _ => "\nTime by the clock, from submitting all requests to the last token.\n",
+    };
+    if let Some(total) = &r.step_total {
+        let how = match device.is_host() {
+            true => "the time that its bytes or FLOPs take at the least on an H100 (3.35 TB/s, 989 TFLOP/s)",
+            false => "measured, each kernel alone and with the time of launching it",
+        };
+        let _ = write!(
+            text,
+            "\n## A decode step\n\nOf all requests, after their first token. Time: {how}.\n\n![step](step.png)\n\n\
+             | kernel | launches | MB | GFLOP | us |\n|---|---|---|---|---|\n"
+        );
+        for s in r.step.iter().chain([total]) {
+            let (bytes, flops) = (s.bytes as f64 / 1e6, s.flops as f64 / 1e9);
+            let _ =
+                writeln!(text, "| {} | {} | {bytes:.3} | {flops:.4} | {:.3} |", s.kernel, s.launches, s.seconds * 1e6);
+        }
+        let _ = write!(
+            text,
+            "\n## Fused parts and packed heads: computed, not run\n\nThere are no kernels without these. What a decode step would have \
+             besides, if each were a kernel of its own that reads its operands and writes its result; keys are counted once for each \
+             query head where heads are not packed, whatever a cache might save.\n\n| | launches | MB | % of the step's bytes |\n|---|---|---|---|\n"
+        );
+        for m in &r.modelled {
+            let percent = 100.0 * m.bytes as f64 / total.bytes as f64;
+            let _ = writeln!(text, "| {} | +{} | +{:.3} | +{percent:.1} |", m.name, m.launches, m.bytes as f64 / 1e6);
+        }
+    }
+    text
+}
