@@ -100,6 +100,13 @@ torch_model() {
     done
 }
 
+# One request against s1's loop of calls, with the tiny model: dummy weights never end their thinking.
+run_budget() {
+    local ignored=0,1,2,4,6
+    [ "$TEST_DEVICE" != host ] || ignored=0,1
+    "$bundle/ponder" bench budget models/modulo --device "$device" --n-ignore $ignored --json "$OUT/budget.json"
+}
+
 # One launch of each main kernel on a big shape: how busy each unit is, and what the warps wait for.
 run_profile() {
     [ "$TEST_DEVICE" = host ] || command -v ncu >/dev/null || skip "no ncu"
@@ -130,7 +137,7 @@ run_profile() {
     done
     return $result
 }
-export -f skip run_tests sanitize run_kernels run_tiles run_yardsticks lengths model torch_model run_profile
+export -f skip run_tests sanitize run_kernels run_tiles run_yardsticks lengths model torch_model run_budget run_profile
 
 # ---- running them, the most valuable first ----
 
@@ -146,6 +153,7 @@ part kernels 85 run_kernels
 part yardsticks 60 run_yardsticks
 for folder in "${models[@]}"; do part "$(basename "$folder")" $((90 / ${#models[@]})) "model $folder"; done
 for folder in "${models[@]}"; do part "torch-$(basename "$folder")" $((80 / ${#models[@]})) "torch_model $folder"; done
+part budget 15 run_budget
 part profile 50 run_profile
 part tiles 20 run_tiles
 

@@ -2,9 +2,9 @@
 
     python3 benches/report.py OUT PART... [--results FOLDER]
 
-Reads OUT/PART.part (status, seconds), kernels.json, tiles.json, yardsticks.json, latency-*, throughput-* and torch-*.json and profile-*.csv,
-whichever are there and whole; writes OUT/gpu.json. With --results it is copied to FOLDER/<date>-<device>.json if every part has
-passed. The exit code is 1 if a part has failed. Needs Python alone.
+Reads OUT/PART.part (status, seconds), kernels.json, tiles.json, yardsticks.json, budget.json, latency-*, throughput-* and
+torch-*.json and profile-*.csv, whichever are there and whole; writes OUT/gpu.json. With --results it is copied to
+FOLDER/<date>-<device>.json if every part has passed. The exit code is 1 if a part has failed. Needs Python alone.
 """
 
 import argparse
@@ -162,6 +162,17 @@ def model_lines(models):
     return lines
 
 
+def budget_lines(measurements):
+    lines = []
+    for m in measurements:
+        one, alone, cached = (m[run] for run in ("one_request", "calls_alone", "calls_with_prefix_cache"))
+        lines.append(
+            f"{m['n_ignore']} ends ignored, {m['tokens']} tokens: one request {one['seconds']:.3f} s; {m['calls']} calls"
+            f" {alone['seconds'] / one['seconds']:.2f} times as long, {cached['seconds'] / one['seconds']:.2f} with a prefix cache"
+        )
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
@@ -176,6 +187,7 @@ def main():
     tiles = (read_json(out / "tiles.json") or {}).get("results", [])
     reports = {p.stem: read_json(p) for kind in ("latency", "throughput", "torch") for p in sorted(out.glob(f"{kind}-*.json"))}
     models = {name: report for name, report in reports.items() if report}
+    budget = (read_json(out / "budget.json") or {}).get("results", [])
     profiles = {p.stem.removeprefix("profile-"): read_profile(p) for p in sorted(out.glob("profile-*.csv"))}
     device = read_device(out)
     parts = read_parts(out, args.parts)
@@ -192,6 +204,7 @@ def main():
         "kernels": kernels,
         "tiles": tiles,
         "models": models,
+        "budget": budget,
         "profiles": {name: profile for name, profile in profiles.items() if profile},
     }
     text = json.dumps(result, indent=1) + "\n"
@@ -202,7 +215,7 @@ def main():
         print(f"{part['name']:<28} {part['status']:<40} {part['seconds']:>5} s")
     # Times of the host target compare with nothing.
     summary = against_yardsticks(kernels) + tile_lines(kernels, tiles) if result["roofline"] else []
-    for lines in (model_lines(models), summary, table(kernels) if kernels else []):
+    for lines in (model_lines(models), budget_lines(budget), summary, table(kernels) if kernels else []):
         if lines:
             print("", *lines, sep="\n")
 

@@ -152,6 +152,8 @@ pub enum BenchCommand {
     Kernels(KernelBenchArgs),
     /// What the host does for each decode step, by the number of sequences; needs no GPU.
     Host(HostBenchArgs),
+    /// Ignored ends of thinking: one request against s1's loop of N + 2 calls, which gives the same tokens.
+    Budget(BudgetBenchArgs),
     /// Requests that start together: time to the first token, time for each further one. Prompts are random token ids.
     Latency(LatencyArgs),
     /// Many requests at once: tokens per second. Prompts are random token ids.
@@ -196,6 +198,22 @@ pub struct HostBenchArgs {
     /// Write the results to a file, too.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+#[derive(Debug, Group)]
+pub struct BudgetBenchArgs {
+    /// How many ends are ignored.
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "0,1,2,4,6",
+        value_parser = clap::value_parser!(u32).range(0..1000))]
+    pub n_ignore: Vec<u32>,
+    /// What the model is asked.
+    #[arg(long, value_name = "TEXT", default_value = "Find x with 7x + 4 = 1 (mod 11).")]
+    pub question: String,
+    /// Write the results to a file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 #[derive(Debug, Group)]

@@ -224,6 +224,25 @@ fn latency_and_throughput_need_only_a_config() {
     assert!((total / output - 26.0 / 6.0).abs() < 1e-9, "20 prompt tokens for 6 others: {output} and {total}");
 }
 
+/// The bench itself fails where the loop gives other tokens.
+#[test]
+fn one_request_prefills_less_than_the_loop() {
+    let question = crate::modulo::problem(4).question();
+    let args = ["budget", crate::modulo::FOLDER, "--n-ignore", "0,1", "--question", &question];
+    let (table, json) = bench("budget", &args);
+    assert_eq!(json["schema"], "ponder-bench-budget");
+    assert_eq!((table.lines().count(), json["results"].as_array().unwrap().len()), (5, 2), "{table}");
+    for (n_ignore, measurement) in json["results"].as_array().unwrap().iter().enumerate() {
+        assert_eq!((&measurement["n_ignore"], &measurement["calls"]), (&n_ignore.into(), &(n_ignore + 2).into()));
+        let prefilled = |run: &str| number(&measurement[run]["prefilled_tokens"]);
+        let (one, cached, alone) =
+            (prefilled("one_request"), prefilled("calls_with_prefix_cache"), prefilled("calls_alone"));
+        assert!(one < cached && cached < alone, "{measurement}");
+        // Each call's prompt holds the first one's.
+        assert!(alone > one * (n_ignore + 2) as f64, "{measurement}");
+    }
+}
+
 /// The same weights, the same greedy answer; and every token has a finite log-probability.
 #[test]
 fn a_dummy_model_answers() {

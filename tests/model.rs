@@ -2,14 +2,18 @@
 //! prefill whole and in pieces, decode, on the plain and on the checked target.
 
 use crate::devices::devices;
-use crate::modulo::FOLDER;
+use crate::modulo::{self, FOLDER};
 use bytemuck::bytes_of;
 use ponder::batch::{Batch, PageEntry, PrefillChunk, SamplingParams, SlotSetup, TokenEvent, Work};
+use ponder::budget::BudgetRequest;
+use ponder::chat::Message;
 use ponder::checkpoint::Checkpoint;
 use ponder::config::ModelConfig;
 use ponder::device::Device;
 use ponder::executor::{BUCKETS, Executor, ExecutorOptions};
+use ponder::frontend::Request;
 use ponder::sampling::SamplingRequest;
+use ponder::thinking::ThinkingChoice;
 use ponder::tokenizer::Tokenizer;
 use serde::Deserialize;
 use std::path::Path;
@@ -200,4 +204,40 @@ fn decode_launches_are_the_same_at_every_step() {
         runner.decode(prompt.len() as u32 + 1 + n);
     }
     assert!(before == snapshot(&runner));
+}
+
+/// The launches of each kernel while 30 tokens are made.
+fn launches_of(budget: BudgetRequest) -> (Vec<(&'static str, u64)>, Vec<u32>) {
+    let options = ExecutorOptions { profile: true, graphs: false, ..Default::default() };
+    let mut engine = modulo::engine_with(&ThinkingChoice::Auto, &options);
+    let question = Message::new("user", modulo::problem(0).question());
+    let request = Request {
+        prompt: engine.frontend.encode_chat(&[question]).unwrap(),
+        max_tokens: Some(30),
+        sampling: SamplingRequest { temperature: Some(0.0), ignore_eos: true, ..Default::default() },
+        budget,
+        ..Default::default()
+    };
+    let answer = modulo::answer_all(&mut engine, &[request]).remove(0);
+    (engine.profile().map(|(name, cost)| (name, cost.launches)).collect(), modulo::ids(&answer))
+}
+
+#[test]
+fn budget_forcing_adds_no_launch() {
+    let (plain, tokens) = launches_of(BudgetRequest::default());
+    let budget = BudgetRequest { max_thinking_tokens: Some(12), n_ignore: 2, ..Default::default() };
+    let (forced, forced_tokens) = launches_of(budget);
+    assert!(tokens[..12] == forced_tokens[..12] && tokens[12..] != forced_tokens[12..], "forced at the maximum");
+    assert_eq!(plain, forced);
+    assert_eq!(plain.iter().find(|(name, _)| *name == "sample").unwrap().1, 30);
+}
+
+#[test]
+fn a_layer_of_a_decode_step_is_five_launches() {
+    let runner = Runner::new(&serving(), false);
+    for bucket in BUCKETS {
+        let launches = runner.executor.decode_launches(bucket, 0).unwrap();
+        // Besides: embedding, the last norm, the product with the vocabulary, the sampler.
+        assert_eq!(launches.len(), 4 + 5 * runner.config.num_layers, "{bucket} rows");
+    }
 }

@@ -587,6 +587,24 @@ fn vocabularies_of_real_models() {
     }
 }
 
+/// A row of the largest vocabulary, and as many rows as a step has, with top-k, top-p and log-probabilities.
+#[test]
+fn the_largest_shapes_under_every_check() {
+    let mut random = Random(6);
+    let mut rows = |vocab: usize, count: usize| -> Vec<Option<Row>> {
+        let set = |mut row: Row| {
+            row.state = SlotState { temperature: 1.0, top_k: 50, top_p: 0.9, logprobs: 2, ..row.state };
+            row
+        };
+        (0..count).map(|_| Some(set(Row::random(&mut random, vocab)))).collect()
+    };
+    let (one, many) = (rows(152_064, 1), rows(500, MAX_DECODE_ROWS as usize));
+    for device in devices() {
+        run_and_check(&device, &traits(152_064, 400), 8, &one, "152,064 logits");
+        run_and_check(&device, &traits(500, 0), 1, &many, "64 rows");
+    }
+}
+
 /// s1's known bug: at temperature 1 it draws ids that no tokenizer knows (s1-notes 1.3).
 #[test]
 fn padded_rows_of_the_vocabulary_are_never_drawn() {

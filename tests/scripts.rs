@@ -15,6 +15,11 @@ const YARDSTICKS: &str = r#"{"results": [
     {"name": "qkv", "model": "tiny", "op": "gemm", "shape": {"k": 128, "n": 64, "rows": 5}, "yardstick": "cublas",
      "what": "torch.mm", "us": {"median": 6.0, "min": 5.0, "max": 7.0, "runs": 5}}]}"#;
 
+const BUDGET: &str = r#"{"results": [{"n_ignore": 2, "tokens": 90, "calls": 4,
+    "one_request": {"seconds": 2.0, "prefilled_tokens": 10},
+    "calls_alone": {"seconds": 3.0, "prefilled_tokens": 150},
+    "calls_with_prefix_cache": {"seconds": 2.5, "prefilled_tokens": 90}}]}"#;
+
 /// The folder of a rehearsal: stand-ins, which write down how they are called, and results. Removed when dropped.
 struct Rehearsal(PathBuf);
 
@@ -72,7 +77,7 @@ echo 'test result: ok. 7 passed'";
     let ponder = |latency: &str| {
         format!(
             "while [ $# -gt 0 ]; do [ \"$1\" != --json ] || json=$2; kind=${{kind:-$2}}; shift; done
-case $kind in latency) {latency} ;; kernels) [ -z \"$json\" ] || echo '{KERNELS}' >\"$json\" ;; esac"
+case $kind in latency) {latency} ;; budget) echo '{BUDGET}' >\"$json\" ;; kernels) [ -z \"$json\" ] || echo '{KERNELS}' >\"$json\" ;; esac"
         )
     };
     rehearsal.stand_in("ponder", &ponder("exit 3"));
@@ -91,11 +96,12 @@ esac"
     assert_eq!(status(&report, "racecheck"), "failed (exit code 9)");
     assert_eq!(status(&report, "modulo"), "failed (exit code 3)");
     assert_eq!(status(&report, "torch-modulo"), "skipped: no torch");
-    for part in ["memcheck", "synccheck", "kernels", "yardsticks", "profile"] {
+    for part in ["memcheck", "synccheck", "kernels", "yardsticks", "budget", "profile"] {
         assert_eq!(status(&report, part), "passed", "{part}");
     }
     assert_eq!(report["kernels"][0]["yardsticks"][0]["yardstick"], "cublas");
     assert_eq!(report["kernels"][0]["ratio"], 1.5);
+    assert_eq!(report["budget"][0]["calls"], 4);
     assert!(calls.iter().filter(|c| c.starts_with("ponder bench kernels")).count() > 5, "{calls:?}");
 
     // Again: what has passed is not repeated, and the report still has it.

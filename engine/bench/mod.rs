@@ -1,6 +1,7 @@
 //! Benches: what is measured, how it is summed up, and how reports look as JSON. Decides nothing about what is fast; prints
 //! nothing.
 
+pub mod budget;
 pub mod host;
 pub mod kernels;
 pub mod load;

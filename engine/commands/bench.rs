@@ -2,12 +2,14 @@
 
 use super::output::Printer;
 use crate::args::{
-    BenchArgs, BenchCommand, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, ServeBenchArgs, ThroughputArgs,
+    BenchArgs, BenchCommand, BudgetBenchArgs, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, ServeBenchArgs,
+    ThroughputArgs,
 };
 use crate::bench::kernels::{self, Measurement};
 use crate::bench::load::{self, Load};
 use crate::bench::serve::{self, Arrival};
-use crate::bench::{Report, Roofline, host};
+use crate::bench::{Report, Roofline, budget, host};
+use crate::chat::Message;
 use crate::device::Device;
 use crate::executor::ExecutorOptions;
 use crate::frontend::Frontend;
@@ -21,6 +23,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Kernels(args) => kernels(args),
         BenchCommand::Host(args) => host_work(args),
+        BenchCommand::Budget(args) => thinking_budget(args),
         BenchCommand::Latency(args) => latency(args),
         BenchCommand::Throughput(args) => throughput(args),
         BenchCommand::Serve(args) => serve(args),
@@ -62,6 +65,24 @@ fn host_work(args: &HostBenchArgs) -> Result<()> {
         results.push(measurement);
     }
     let report = Report::new("ponder-bench-host", &device, results);
+    args.json.as_ref().map_or(Ok(()), |path| report.save(path))
+}
+
+fn thinking_budget(args: &BudgetBenchArgs) -> Result<()> {
+    let (frontend, checkpoint, device) = super::open(&args.model)?;
+    let prompt = frontend.encode_chat(&[Message::new("user", &args.question)])?;
+    let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
+    let mut printer = Printer::new();
+    printer.write(&format!("{}\n{}\n", device.describe(), budget::Measurement::heading()))?;
+    let mut results = Vec::new();
+    for &n_ignore in &args.n_ignore {
+        let measurement = budget::run(&mut engine, &prompt, n_ignore)?;
+        printer.write(&(measurement.line() + "\n"))?;
+        results.push(measurement);
+    }
+    let mut report = Report::new("ponder-bench-budget", &device, results);
+    let decode_loop = args.model.source.decode_loop.name();
+    report.args = Some(json!({"model": args.model.source.path, "question": args.question, "decode_loop": decode_loop}));
     args.json.as_ref().map_or(Ok(()), |path| report.save(path))
 }
 
