@@ -9,6 +9,7 @@ use crate::blocks::PageHash;
 use crate::device::Device;
 use crate::executor::{ExecutorOptions, KernelCost};
 use crate::frontend::{Frontend, Request};
+use crate::guide::GuidedAnswer;
 use crate::model::Weights;
 use crate::scheduler::Submission;
 use crate::sequence::{FinishReason, Piece, Transcript};
@@ -79,10 +80,10 @@ impl Engine {
 
     fn submit_as(&mut self, request: &Request, fork_of: Option<RequestId>) -> Result<RequestId> {
         let id = RequestId(self.next_serial);
-        let (submission, transcript) = accept(&self.frontend, request, id, fork_of, self.context())?;
+        let Accepted { submission, guided, transcript } = accept(&self.frontend, request, id, fork_of, self.context())?;
         self.next_serial += 1;
         self.texts.open(id, transcript);
-        self.stepper.submit(submission);
+        self.stepper.submit(submission, guided);
         Ok(id)
     }
 
@@ -102,7 +103,7 @@ impl Engine {
         self.texts.open.is_empty()
     }
 
-    /// Launches what can be launched, then waits for at least one step's tokens, if any are to come.
+    /// Launches what can be launched, then waits for at least one step's tokens, if any are to come soon.
     ///
     /// # Errors
     /// The device failed.
@@ -140,8 +141,13 @@ impl Engine {
     }
 }
 
-/// What the scheduler is told of a request, and what makes text of its tokens.
-///
+/// A request as the threads that serve it take it.
+pub(crate) struct Accepted {
+    pub submission: Submission,
+    pub guided: Option<GuidedAnswer>,
+    pub transcript: Transcript,
+}
+
 /// # Errors
 /// A request that can never be served.
 pub(crate) fn accept(
@@ -150,11 +156,14 @@ pub(crate) fn accept(
     id: RequestId,
     fork_of: Option<RequestId>,
     context: u32,
-) -> Result<(Submission, Transcript)> {
+) -> Result<Accepted> {
     let (setup, transcript) = frontend.accept(request, id.0, context)?;
+    let vocab = frontend.config.vocab_size;
+    let guided = request.grammar.as_ref().map(|grammar| GuidedAnswer::new(grammar, &setup, vocab));
     let tenant = PageHash::root(&request.tenant);
     let fork_of = fork_of.map(|parent| parent.0);
-    Ok((Submission { setup, priority: request.priority, tenant, fork_of }, transcript))
+    let submission = Submission { setup, priority: request.priority, tenant, fork_of };
+    Ok(Accepted { submission, guided, transcript })
 }
 
 impl Update {

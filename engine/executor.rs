@@ -405,6 +405,7 @@ impl Executor {
         }
         self.cache.set_pages(&self.device, &batch.pages)?;
         self.cache.copy_pages(&self.device, &batch.copies)?;
+        batch.masks.iter().try_for_each(|mask| self.slots.set_mask(mask))?;
         match &batch.work {
             Work::Nothing => Ok(()),
             Work::Prefill(chunks) => self.prefill(chunks),
@@ -467,8 +468,8 @@ impl Executor {
             if chunk.last {
                 last_rows.push(token.len() as i32 - 1);
                 last_slots.push(chunk.slot as i32);
-                self.lengths[chunk.slot as usize] = chunk.position + tokens + 1;
             }
+            self.lengths[chunk.slot as usize] = chunk.position + tokens + 1;
             let (before, new) = (chunk.position as u64, tokens as u64);
             pairs += before * new + new * (new + 1) / 2;
             keys += before + new;

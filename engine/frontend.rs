@@ -5,6 +5,7 @@ use crate::batch::SlotSetup;
 use crate::budget::BudgetRequest;
 use crate::chat::{ChatTemplate, Message};
 use crate::config::ModelConfig;
+use crate::guide::Grammar;
 use crate::sampling::SamplingRequest;
 use crate::sequence::Transcript;
 use crate::thinking::{Delimiters, ThinkingChoice};
@@ -37,6 +38,8 @@ pub struct Request {
     pub hide_special: bool,
     pub sampling: SamplingRequest,
     pub budget: BudgetRequest,
+    /// What the answer must follow; thinking is free of it.
+    pub grammar: Option<Grammar>,
     /// How many requests that came earlier it goes before.
     pub priority: u32,
     /// Whose requests it may share computed prompts with.
@@ -155,6 +158,20 @@ impl Frontend {
         if let Some(id) = sampling.allowed_ids.iter().flatten().find(|&&id| self.tokenizer.token_bytes(id).is_empty()) {
             return Err(Error::request("allowed_ids", format!("{id} is not the id of a token of this model")));
         }
+        if request.grammar.is_some() {
+            let also = |parameter| {
+                Error::request(parameter, "leave it to the grammar: it says what may come, and when it ends")
+            };
+            if sampling.allowed_ids.is_some() {
+                return Err(also("allowed_ids"));
+            }
+            if sampling.ignore_eos {
+                return Err(also("ignore_eos"));
+            }
+            if sampling.min_tokens > 0 {
+                return Err(also("min_tokens"));
+            }
+        }
         let max_generated = max_tokens.map_or(room, |most| most.min(room));
         if sampling.min_tokens > max_generated {
             let problem = format!("{} is more than can be generated, {max_generated}", sampling.min_tokens);
@@ -169,6 +186,7 @@ impl Frontend {
             eos_ids: self.config.eos_token_ids.clone(),
             sampling: sampling.validate(&self.config.defaults, self.config.vocab_size, &self.config.eos_token_ids)?,
             budget: budget.validate(self.delimiters.as_ref(), &self.tokenizer, prompt)?,
+            guided: request.grammar.is_some(),
         };
         let close: String = setup.budget.as_ref().map(|b| self.tokenizer.decode(&b.close)).unwrap_or_default();
         let transcript = Transcript::new(stop.clone(), close).show_stop(*include_stop).hide_special(*hide_special);

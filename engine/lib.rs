@@ -17,6 +17,7 @@ pub mod engine;
 pub mod error;
 pub mod executor;
 pub mod frontend;
+pub mod guide;
 pub mod kernels;
 pub mod kv_cache;
 pub mod model;

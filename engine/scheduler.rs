@@ -3,6 +3,10 @@
 //! Pure logic: the same calls give the same batches. It never waits for a token: all it needs to plan the next step is how
 //! many tokens each sequence has been given steps for, so any number of steps may be in flight.
 //!
+//! A guided sequence pauses itself on the device after each token whose successor needs a mask, and says so with that token:
+//! steps in flight beyond it have done nothing for the sequence and are taken back. It gets one more step when its mask has
+//! come ([`Scheduler::set_mask`]); the others do not notice.
+//!
 //! Sequences are served by rank: first come, first served, but for priorities. Where pages run out, the last by rank loses its
 //! own: it is *preempted*. It keeps its seat, and so on the device all that the sampler knows of it (budget, penalties, random
 //! numbers); what it has streamed stays, tokens in flight still arrive, and when there is room again its keys and values are
@@ -10,7 +14,7 @@
 //!
 //! Invariant ([`Scheduler::check`]): whoever is preempted is behind all that hold pages. Knows no device and no text.
 
-use crate::batch::{Accounting, Batch, Finish, PrefillChunk, Scoring, SlotSetup, ThinkingEnd, TokenEvent, Work};
+use crate::batch::{Accounting, Batch, Finish, Mask, PrefillChunk, Scoring, SlotSetup, ThinkingEnd, TokenEvent, Work};
 use crate::blocks::{Blocks, PageHash};
 use std::collections::{BTreeMap, HashMap};
 
@@ -90,10 +94,22 @@ struct Sequence {
     prompt: u32,
     /// Most tokens to generate.
     most: u32,
-    /// Tokens generated, or to come from a step in flight.
+    /// Tokens generated, or to come from a step in flight unless the sequence pauses before.
     launched: u32,
     /// Of those generated, the thinking ones that the host has seen.
     thought: u32,
+    next_draw: Draw,
+}
+
+/// What the draw after the last token that the host has seen waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Draw {
+    Free,
+    AwaitsMask,
+    /// The mask is here, and so far nowhere else.
+    Masked(Vec<u32>),
+    /// The device has it.
+    Ready,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +128,23 @@ impl Sequence {
     }
 
     fn wants_decode(&self) -> bool {
-        self.stage == Stage::Decode && self.launched < self.most
+        let may_draw = match self.next_draw {
+            Draw::Free => true,
+            Draw::AwaitsMask => false,
+            Draw::Masked(_) | Draw::Ready => self.launched == self.received(),
+        };
+        self.stage == Stage::Decode && may_draw && self.launched < self.most
+    }
+
+    /// How many may follow the steps that it has been given.
+    fn more_steps(&self) -> u32 {
+        if self.next_draw == Draw::Free { self.most - self.launched } else { 0 }
+    }
+
+    /// Tokens that are in the cache before a decode step can follow. A draw with a mask is always that of a decode step, so
+    /// that it does not matter when the mask comes.
+    fn prefilled(&self) -> u32 {
+        self.tokens.len() as u32 - u32::from(self.next_draw != Draw::Free)
     }
 
     /// Tokens whose K and V are, or will be, in the cache after the steps launched. Those of the last token never are.
@@ -196,6 +228,7 @@ impl Scheduler {
         assert!(setup.max_generated > 0, "nothing to generate");
         let rank = Rank { place: i64::from(setup.serial) - i64::from(priority), serial: setup.serial };
         let most = setup.max_generated.min(setup.max_length - prompt);
+        let next_draw = if setup.begins_guided() { Draw::AwaitsMask } else { Draw::Free };
         let tokens = std::mem::take(&mut setup.tokens);
         let mut sequence = Sequence {
             rank,
@@ -209,6 +242,7 @@ impl Scheduler {
             most,
             launched: 0,
             thought: 0,
+            next_draw,
         };
         sequence.name_pages(self.limits.page_tokens);
         let before = self.places.insert(rank.serial, Place::Waiting(rank));
@@ -253,6 +287,18 @@ impl Scheduler {
         }
     }
 
+    /// The mask for the next draw of a sequence that awaits one; of no use to one that has been cancelled.
+    pub fn set_mask(&mut self, serial: u32, allowed: Vec<u32>) {
+        let sequence = match self.places.get(&serial) {
+            None => return,
+            Some(Place::Waiting(rank)) => self.waiting.get_mut(rank),
+            Some(&Place::Seated(slot)) => self.seats[slot as usize].as_mut(),
+        };
+        let sequence = sequence.expect("it is where its place is");
+        assert_eq!(sequence.next_draw, Draw::AwaitsMask, "a mask that nobody waits for");
+        sequence.next_draw = Draw::Masked(allowed);
+    }
+
     /// Takes note of a token. False when it ran past the end: its sequence has ended already.
     pub fn received(&mut self, event: &TokenEvent) -> bool {
         let seat = self.seats[event.slot as usize].as_mut();
@@ -271,6 +317,11 @@ impl Scheduler {
         sequence.thought = event.reasoning_tokens;
         assert_eq!(sequence.received(), event.generated, "a token was lost or repeated");
         assert!(event.generated <= sequence.launched, "a token without a step");
+        sequence.next_draw = Draw::Free;
+        if event.awaits_mask {
+            sequence.next_draw = Draw::AwaitsMask;
+            sequence.launched = event.generated;
+        }
         let page_tokens = self.limits.page_tokens;
         if (cached + 1).is_multiple_of(page_tokens) {
             sequence.name_pages(page_tokens);
@@ -324,7 +375,7 @@ impl Scheduler {
         batch.thinking_ends.retain(|end| {
             self.seats[end.slot as usize].is_some() && !batch.admissions.iter().any(|a| a.slot == end.slot)
         });
-        let changes = !batch.releases.is_empty() || !batch.thinking_ends.is_empty();
+        let changes = !batch.releases.is_empty() || !batch.thinking_ends.is_empty() || !batch.pages.is_empty();
         let idle = matches!(batch.work, Work::Nothing) && !changes;
         (!idle).then_some(batch)
     }
@@ -343,7 +394,9 @@ impl Scheduler {
         }
         while room > 0 && chunks.len() < rows {
             let Some(slot) = self.admit(batch, &chunks) else { break };
-            chunks.push(self.chunk(slot, &mut room));
+            if matches!(self.seated(slot).stage, Stage::Prefill(_)) {
+                chunks.push(self.chunk(slot, &mut room));
+            }
         }
         if !chunks.is_empty() {
             batch.work = Work::Prefill(chunks);
@@ -355,10 +408,9 @@ impl Scheduler {
         let page_tokens = self.limits.page_tokens;
         let sequence = self.seats[slot as usize].as_mut().expect("who is in order is seated");
         let Stage::Prefill(position) = sequence.stage else { panic!("slot {slot} has no prompt to go on with") };
-        let all = sequence.tokens.len() as u32;
-        let end = all.min(position + *room);
-        let last = end == all;
-        sequence.stage = if last { Stage::Decode } else { Stage::Prefill(end) };
+        let end = sequence.prefilled().min(position + *room);
+        sequence.stage = if end == sequence.prefilled() { Stage::Decode } else { Stage::Prefill(end) };
+        let last = end == sequence.tokens.len() as u32;
         sequence.launched += u32::from(last);
         for index in position / page_tokens..end / page_tokens {
             self.blocks.publish(slot, index, sequence.hashes[index as usize]);
@@ -414,7 +466,7 @@ impl Scheduler {
                 found * self.limits.page_tokens
             }
         };
-        sequence.stage = Stage::Prefill(done);
+        sequence.stage = if done == sequence.prefilled() { Stage::Decode } else { Stage::Prefill(done) };
         self.holders += 1;
         self.counters.found_tokens += u64::from(done);
         Some(slot)
@@ -475,6 +527,11 @@ impl Scheduler {
         for (_, slot) in ready {
             if self.find_page(slot) {
                 let sequence = self.seats[slot as usize].as_mut().expect("it is ready");
+                if let Draw::Masked(allowed) = &mut sequence.next_draw {
+                    let allowed = std::mem::take(allowed);
+                    batch.masks.push(Mask { slot, generated: sequence.launched, allowed });
+                    sequence.next_draw = Draw::Ready;
+                }
                 sequence.launched += 1;
                 self.blocks.grow(slot, sequence.cached(), &mut batch.pages);
                 slots.push(slot);
@@ -492,7 +549,7 @@ impl Scheduler {
         if self.limits.decode_steps == 1 || !self.waiting.is_empty() || !self.order.iter().all(busy) {
             return 1;
         }
-        let left = |&slot: &u32| self.seated(slot).most - self.seated(slot).launched;
+        let left = |&slot: &u32| self.seated(slot).more_steps();
         let more = slots.iter().map(left).max().unwrap_or(0).min(self.limits.decode_steps - 1);
         let tokens = |slot| self.seated(slot).cached() + more.min(left(&slot));
         let demand: u32 =
@@ -502,7 +559,7 @@ impl Scheduler {
         }
         for &slot in slots {
             let sequence = self.seats[slot as usize].as_mut().expect("it is in this step");
-            sequence.launched = sequence.most.min(sequence.launched + more);
+            sequence.launched += more.min(sequence.more_steps());
             self.blocks.grow(slot, sequence.cached(), &mut batch.pages);
         }
         1 + more
@@ -510,7 +567,9 @@ impl Scheduler {
 
     /// Whether steps in flight keep something waiting that could go on without them.
     pub fn has_news(&self) -> bool {
-        !self.waiting.is_empty() || !self.releases.is_empty() || !self.thinking_ends.is_empty()
+        let masked = |&(_, slot): &(Rank, u32)| matches!(self.seated(slot).next_draw, Draw::Masked(_));
+        let changes = !self.releases.is_empty() || !self.thinking_ends.is_empty();
+        changes || !self.waiting.is_empty() || self.order.iter().any(masked)
     }
 
     /// Takes note that no step is in flight: those whose tokens have not come were left out.
@@ -589,6 +648,9 @@ impl Scheduler {
             assert_eq!(s.rank, rank);
             assert!(s.received() <= s.launched, "a token before its step");
             assert!(s.launched <= s.most, "more steps than tokens wanted");
+            let paused = matches!(s.next_draw, Draw::AwaitsMask | Draw::Masked(_));
+            assert!(!paused || s.launched == s.received(), "a step without a mask");
+            assert!(s.next_draw != Draw::Ready || s.launched <= s.received() + 1, "steps beyond the mask");
             assert_eq!(s.hashes.len(), s.tokens.len() / self.limits.page_tokens as usize, "names of pages");
             assert_eq!(i < self.holders, s.stage != Stage::Out, "slot {slot} is preempted before another");
             let held = self.blocks.held(slot);

@@ -5,8 +5,9 @@
 //! holds up nobody: what it has not read yet waits in its stream.
 
 use crate::batch::TokenEvent;
-use crate::engine::{Engine, RequestId, Texts, Update, accept};
+use crate::engine::{Accepted, Engine, RequestId, Texts, Update, accept};
 use crate::frontend::{Frontend, Request};
+use crate::guide::GuidedAnswer;
 use crate::scheduler::Submission;
 use crate::sequence::Transcript;
 use crate::stepper::{Stats, Stepper};
@@ -40,7 +41,7 @@ struct Progress {
 
 /// To the thread that runs steps.
 enum Command {
-    Submit(Box<Submission>),
+    Submit(Box<Submission>, Option<GuidedAnswer>),
     Cancel(RequestId),
     EndThinking(RequestId),
     Stop,
@@ -132,10 +133,10 @@ impl Service {
     /// As [`Service::submit`].
     pub fn submit_to(&self, request: &Request, fork_of: Option<RequestId>, sink: Sink) -> Result<Ticket> {
         let id = RequestId(self.next_serial.fetch_add(1, Ordering::Relaxed));
-        let (submission, transcript) = accept(&self.frontend, request, id, fork_of, self.context)?;
+        let Accepted { submission, guided, transcript } = accept(&self.frontend, request, id, fork_of, self.context)?;
         // Where a thread has ended the sink is dropped: at once, or with the message.
         let _ = self.texts.send(Message::Open(id, Box::new(transcript), sink));
-        let _ = self.commands.send(Command::Submit(Box::new(submission)));
+        let _ = self.commands.send(Command::Submit(Box::new(submission), guided));
         Ok(Ticket { id, commands: self.commands.clone(), texts: self.texts.clone() })
     }
 
@@ -227,7 +228,7 @@ fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<M
         // Without work there is nothing to do but to wait for some.
         let next = if stepper.is_idle() { commands.recv().ok() } else { commands.try_recv().ok() };
         match next {
-            Some(Command::Submit(submission)) => stepper.submit(*submission),
+            Some(Command::Submit(submission, guided)) => stepper.submit(*submission, guided),
             Some(Command::Cancel(id)) => drop(stepper.cancel(id.0)),
             Some(Command::EndThinking(id)) => stepper.end_thinking(id.0),
             Some(Command::Stop) => break,

@@ -7,13 +7,14 @@
 //! therefore changes its tokens. Thinking and budgets are real: the sampler's own state machine decides (kernels/budget.cuh).
 //! Must not know requests or text.
 
-use crate::batch::{Batch, Finish, Score, Scoring, SlotSetup, TokenEvent, Work};
+use crate::batch::{Batch, Finish, Mask, Score, Scoring, SlotSetup, TokenEvent, Work};
 use crate::config::ModelConfig;
 use crate::device::simulated::SimulatedGpu;
 use crate::executor::MemoryPlan;
 use crate::kernels::budget::Machine;
 use crate::kernels::params::{
-    MAX_SLOTS, PAGE_TOKENS, PHASE_THINKING, TOKEN_DELIMITER, TOKEN_INJECTED, TOKEN_MAX_HIT, TOKEN_REASONING,
+    MAX_SLOTS, PAGE_TOKENS, PHASE_INJECTING, PHASE_THINKING, TOKEN_DELIMITER, TOKEN_INJECTED, TOKEN_MAX_HIT,
+    TOKEN_REASONING,
 };
 use crate::{model, slots};
 use std::collections::VecDeque;
@@ -48,6 +49,8 @@ struct Seat {
     setup: SlotSetup,
     machine: Machine,
     active: bool,
+    /// The last that was given.
+    mask: Option<Mask>,
     last_token: u32,
     /// Tokens of the sequence.
     length: u32,
@@ -109,6 +112,9 @@ impl Simulator {
         for copy in &batch.copies {
             self.pages.copy_within(copy.from as usize * size..(copy.from as usize + 1) * size, copy.to as usize * size);
         }
+        for mask in &batch.masks {
+            self.seat(mask.slot).mask = Some(mask.clone());
+        }
         let (mut events, mut keys, mut pairs) = (Vec::new(), 0, 0);
         let (rows, sampled) = match &batch.work {
             Work::Nothing => return,
@@ -136,7 +142,7 @@ impl Simulator {
                 assert_eq!(*steps, 1, "steps are simulated one by one");
                 for &slot in slots {
                     let seat = self.seat(slot);
-                    if seat.active {
+                    if seat.runs() {
                         let (position, token) = (seat.length - 1, seat.last_token);
                         self.append(slot, position, token);
                         keys += u64::from(position) + 1;
@@ -186,7 +192,7 @@ impl Simulator {
         let position = self.seats[slot as usize].as_ref()?.length - 1;
         let history = self.pages[self.at(slot, position)];
         let seat = self.seats[slot as usize].as_mut()?;
-        seat.active.then(|| seat.sample(slot, history, &self.traits))
+        seat.runs().then(|| seat.sample(slot, history, &self.traits))
     }
 }
 
@@ -214,11 +220,23 @@ impl Seat {
             setup: setup.clone(),
             machine: Machine::new(budget, strings),
             active: true,
+            mask: None,
             last_token: *setup.tokens.last().expect("a prompt is never empty"),
             length: setup.tokens.len() as u32,
             generated: 0,
             scores: Vec::new(),
         }
+    }
+
+    /// As slot_is_guided in kernels/kernel.cuh.
+    fn is_guided(&self) -> bool {
+        self.setup.guided && ![PHASE_THINKING, PHASE_INJECTING].contains(&self.machine.state().phase)
+    }
+
+    /// As slot_runs there.
+    fn runs(&self) -> bool {
+        let masked = self.mask.as_ref().is_some_and(|mask| mask.generated == self.generated);
+        self.active && (masked || !self.is_guided())
     }
 
     /// One step of the sampler.
@@ -251,6 +269,7 @@ impl Seat {
             reasoning: flags & TOKEN_REASONING != 0,
             delimiter: flags & TOKEN_DELIMITER != 0,
             max_hit: flags & TOKEN_MAX_HIT != 0,
+            awaits_mask: self.active && !self.runs(),
             finish,
             generated: self.generated,
             ignores_used: self.machine.state().ignores_used as u32,
@@ -288,9 +307,11 @@ impl Seat {
         let completing = self.machine.completing().map(|token| token as u32);
         let too_early = self.generated < self.setup.sampling.min_tokens;
         let allowed = self.setup.sampling.allowed.as_deref();
+        let mask = self.mask.as_ref().filter(|_| self.is_guided());
         let is_masked = |token: u32| {
             traits[token as usize] == 0
                 || allowed.is_some_and(|allowed| !allowed.contains(&token))
+                || mask.is_some_and(|mask| mask.allowed[token as usize / 32] >> (token % 32) & 1 == 0)
                 || mask_end && completing == Some(token)
                 || mask_eos && self.is_eos(token)
                 || too_early && (self.is_eos(token) || self.setup.sampling.stop_ids.contains(&token))

@@ -2,7 +2,9 @@
 //! Must not know requests or text.
 
 use crate::Result;
-use crate::batch::{Accounting, BudgetParams, Finish, OnEnd, SamplingParams, SlotSetup, ThinkingEnd, TokenEvent};
+use crate::batch::{
+    Accounting, BudgetParams, Finish, Mask, OnEnd, SamplingParams, SlotSetup, ThinkingEnd, TokenEvent,
+};
 use crate::device::ring::Ring;
 use crate::device::{Buffer, Device};
 use crate::kernels::params::*;
@@ -111,6 +113,15 @@ impl Slots {
         self.upload(&self.states, slot, &[state])
     }
 
+    /// Lets a paused slot make its next draw, in stream order.
+    pub fn set_mask(&self, mask: &Mask) -> Result<()> {
+        let words = vocab_words(self.vocab);
+        assert_eq!(mask.allowed.len(), words, "a mask has a bit for each token");
+        self.upload(&self.allowed, mask.slot as usize * words, &mask.allowed)?;
+        let at = mask.slot as usize * size_of::<SlotState>() + offset_of!(SlotState, mask_for);
+        self.device.upload(&self.states, at, bytemuck::bytes_of(&mask.generated))
+    }
+
     /// Makes a slot inactive, in stream order.
     pub fn release(&self, slot: u32) -> Result<()> {
         let at = slot as usize * size_of::<SlotState>() + offset_of!(SlotState, flags);
@@ -175,9 +186,12 @@ fn slot_state(setup: &SlotSetup, pool: &mut Pool) -> SlotState {
     let s = &setup.sampling;
     let mut flags = SLOT_ACTIVE;
     let penalties = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
-    for (flag, wanted) in
-        [(SLOT_IGNORE_EOS, s.ignore_eos), (SLOT_ALLOWED_MASK, s.allowed.is_some()), (SLOT_PENALTIES, penalties)]
-    {
+    for (flag, wanted) in [
+        (SLOT_IGNORE_EOS, s.ignore_eos),
+        (SLOT_ALLOWED_MASK, s.allowed.is_some()),
+        (SLOT_PENALTIES, penalties),
+        (SLOT_GUIDED, setup.guided),
+    ] {
         if wanted {
             flags |= flag;
         }
@@ -195,6 +209,7 @@ fn slot_state(setup: &SlotSetup, pool: &mut Pool) -> SlotState {
         max_generated: setup.max_generated as i32,
         min_generated: s.min_tokens as i32,
         max_length: setup.max_length as i32,
+        mask_for: -1,
         finish: FINISH_NONE,
         temperature: s.temperature,
         top_p: s.top_p,
@@ -260,6 +275,7 @@ fn event(record: &TokenRecord) -> TokenEvent {
         reasoning: flag(TOKEN_REASONING),
         delimiter: flag(TOKEN_DELIMITER),
         max_hit: flag(TOKEN_MAX_HIT),
+        awaits_mask: flag(TOKEN_AWAITS_MASK),
         finish: match record.finish {
             FINISH_NONE => None,
             FINISH_STOP => Some(Finish::Stop),

@@ -1,11 +1,13 @@
 //! One step after another: the scheduler plans it, the executor or the simulator runs it, and the scheduler takes note of the
-//! tokens. No step waits for the token of the one before it: several are in flight (`Techniques::run_ahead`). Knows no text.
+//! tokens. No step waits for the token of the one before it: several are in flight (`Techniques::run_ahead`). Guides are asked
+//! beside that (`guide.rs`), and only their own sequences wait for them. Knows no text.
 
 use crate::Result;
 use crate::batch::{Batch, TokenEvent};
 use crate::config::ModelConfig;
 use crate::device::Device;
 use crate::executor::{Executor, ExecutorOptions, KernelCost, MemoryPlan};
+use crate::guide::{GuidedAnswer, Guides};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::model::Weights;
 use crate::scheduler::{Counters, Limits, Scheduler, Submission};
@@ -16,11 +18,15 @@ use std::time::{Duration, Instant};
 /// for about 300 tokens as its memory for the weights.
 const PREFILL_BESIDE_DECODE: u32 = 256;
 
+/// How long a step waits for a mask where nothing else is to be done; then whoever calls may bring something.
+const MASK_PATIENCE: Duration = Duration::from_millis(1);
+
 pub struct Stepper {
     runner: Runner,
     scheduler: Scheduler,
     /// Steps launched before the tokens of the first of them are read.
     run_ahead: u32,
+    guides: Guides,
     start: Instant,
     pub host_work: HostWork,
 }
@@ -152,8 +158,14 @@ impl Stepper {
             decode_steps: runner.decode_steps(),
             deterministic: options.deterministic,
         });
-        let run_ahead = options.techniques.run_ahead;
-        Ok(Stepper { runner, scheduler, run_ahead, start: Instant::now(), host_work: HostWork::default() })
+        Ok(Stepper {
+            runner,
+            scheduler,
+            run_ahead: options.techniques.run_ahead,
+            guides: Guides::default(),
+            start: Instant::now(),
+            host_work: HostWork::default(),
+        })
     }
 
     /// Longest sequence: prompt and answer.
@@ -161,13 +173,18 @@ impl Stepper {
         self.runner.plan().context
     }
 
-    pub fn submit(&mut self, submission: Submission) {
+    pub fn submit(&mut self, submission: Submission, guided: Option<GuidedAnswer>) {
+        let serial = submission.setup.serial;
         self.scheduler.submit(submission);
+        if let Some(guided) = guided {
+            self.guides.open(serial, guided);
+        }
     }
 
     /// False when it has ended by itself.
     pub fn cancel(&mut self, serial: u32) -> bool {
         let known = self.scheduler.cancel(serial);
+        self.guides.cancel(serial);
         self.break_in();
         known
     }
@@ -185,11 +202,13 @@ impl Stepper {
             && !self.runner.is_looping()
     }
 
-    /// Launches what can be launched, then waits for at least one step's tokens, if any are to come.
+    /// Launches what can be launched, then waits for at least one step's tokens, if any are to come. Where all wait for masks
+    /// it may return without tokens.
     ///
     /// # Errors
     /// The device failed.
     pub fn step(&mut self) -> Result<Vec<TokenEvent>> {
+        self.take_masks(Duration::ZERO);
         self.break_in();
         let mut events = loop {
             while self.runner.in_flight() < self.run_ahead && !self.runner.is_looping() {
@@ -200,6 +219,7 @@ impl Stepper {
                 self.runner.submit(&batch)?;
             }
             if self.runner.in_flight() == 0 && !self.runner.is_looping() {
+                self.take_masks(MASK_PATIENCE);
                 break Vec::new();
             }
             match self.runner.wait()? {
@@ -210,8 +230,17 @@ impl Stepper {
         let before = Instant::now();
         // Others ran past the end.
         events.retain(|event| self.scheduler.received(event));
+        events.iter().for_each(|event| self.guides.received(event));
         self.host_work.receive += before.elapsed();
         Ok(events)
+    }
+
+    /// Hands on the masks that have become known; waits so long for the first.
+    fn take_masks(&mut self, mut patience: Duration) {
+        while let Some((serial, allowed)) = self.guides.mask(patience) {
+            self.scheduler.set_mask(serial, allowed);
+            patience = Duration::ZERO;
+        }
     }
 
     /// Ends the loop on the device, if there is one and something has come up since it was launched.

@@ -1,5 +1,5 @@
 // decode_loop: ends each pass of the loop on the device that repeats a decode step. Another pass follows while one of its
-// sequences is active and the host has not asked for an end: it names the step to stop at before the launch, and an earlier
+// sequences runs and the host has not asked for an end: it names the step to stop at before the launch, and an earlier
 // one to break in. Reads one word of host memory, once a step.
 //
 // Grid: one block of one warp. In a file of its own because of graph_set_condition.
@@ -10,8 +10,7 @@ KERNEL(decode_loop, DecodeLoopParams, DECODE_LOOP_THREADS) {
   const uint32_t until = load_acquire_system(&p.ring->until);
   pdl_wait();
   bool active = false;
-  for (int row = thread_idx(); row < p.rows; row += DECODE_LOOP_THREADS)
-    active |= (p.slots[p.row_slot[row]].flags & SLOT_ACTIVE) != 0;
+  for (int row = thread_idx(); row < p.rows; row += DECODE_LOOP_THREADS) active |= slot_runs(p.slots[p.row_slot[row]]);
   active = warp_any(active);
   if (thread_idx() == 0) graph_set_condition(p.condition, active && (int32_t)(*p.step - until) < 0);
 }

@@ -17,7 +17,7 @@ KERNEL(embed, EmbedParams, EMBED_THREADS) {
     position = p.prompt_position[row];
   } else {
     const SlotState& slot = p.slots[p.row_slot[row]];
-    if (slot.flags & SLOT_ACTIVE) {
+    if (slot_runs(slot)) {
       token = slot.last_token;
       position = slot.length - 1;
     }

@@ -37,6 +37,19 @@ DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE int min_int(int a, int b) { return a < b ? a : b; }
 DEVICE int max_int(int a, int b) { return a > b ? a : b; }
 
+// ---- slots ----
+
+// Whether the slot's next draw needs a mask of its own: that of a guided answer, not that of thinking.
+DEVICE bool slot_is_guided(const SlotState& slot) {
+  const uint32_t phase = slot.budget.phase;
+  return (slot.flags & SLOT_GUIDED) && phase != PHASE_THINKING && phase != PHASE_INJECTING;
+}
+
+// Whether its rows are more than padding: it is active and not paused.
+DEVICE bool slot_runs(const SlotState& slot) {
+  return (slot.flags & SLOT_ACTIVE) && (!slot_is_guided(slot) || slot.mask_for == slot.generated);
+}
+
 // ---- bf16 ----
 
 // bf16 -> float is a shift: bf16 is the upper half of a float.

@@ -61,10 +61,11 @@ typedef struct __attribute__((aligned(64))) TensorMap {
 // ---------------------------------------------------------------------------------------------------------------------
 
 enum SlotFlag {
-  SLOT_ACTIVE = 1,  // decoding; otherwise every kernel treats its rows as padding
+  SLOT_ACTIVE = 1,  // decoding; otherwise, and while it pauses, every kernel treats its rows as padding
   SLOT_IGNORE_EOS = 2,
   SLOT_ALLOWED_MASK = 4,  // the allowed-token bitmask of this slot applies
   SLOT_PENALTIES = 8,     // token counts are kept and penalties apply
+  SLOT_GUIDED = 16,       // no draw outside of thinking without a mask from the host: see mask_for
 };
 
 enum FinishReason {
@@ -134,6 +135,7 @@ typedef struct SlotState {
   int32_t max_generated;
   int32_t min_generated;  // EOS and stop ids are masked before that
   int32_t max_length;     // the context
+  int32_t mask_for;       // (guided) `allowed` holds the mask for the draw after so many generated tokens; -1: none yet
   uint32_t finish;        // FinishReason
 
   float temperature;         // 0: greedy
@@ -163,11 +165,12 @@ enum TokenTrait {
 };
 
 enum TokenFlag {
-  TOKEN_VALID = 1,      // the slot was active: there is a token
-  TOKEN_INJECTED = 2,   // forced, not drawn
-  TOKEN_REASONING = 4,  // stands between the delimiters
-  TOKEN_DELIMITER = 8,  // part of a start, end, close or end string
-  TOKEN_MAX_HIT = 16,   // the maximum has been hit by now
+  TOKEN_VALID = 1,         // the slot was active: there is a token
+  TOKEN_INJECTED = 2,      // forced, not drawn
+  TOKEN_REASONING = 4,     // stands between the delimiters
+  TOKEN_DELIMITER = 8,     // part of a start, end, close or end string
+  TOKEN_MAX_HIT = 16,      // the maximum has been hit by now
+  TOKEN_AWAITS_MASK = 32,  // the slot pauses until the mask for its next draw is there
 };
 
 // What the sampler tells the host about one row of one step.

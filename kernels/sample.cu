@@ -165,6 +165,7 @@ DEVICE bool bit(const uint32_t* bits, int i) { return bits[i / 32] >> (i % 32) &
 
 struct Adjustment {
   const SlotState* slot;
+  bool masked;                  // `allowed` applies
   const uint32_t* allowed;      // [vocab / 32 rounded up]
   const uint32_t* prompt_seen;  // the same
   const uint16_t* counts;       // [vocab]
@@ -178,7 +179,7 @@ DEVICE float adjusted(const Adjustment& a, int id, uint8_t traits, float x) {
     if (count > 0) x -= slot.frequency_penalty * count + slot.presence_penalty;
   }
   const bool real = traits & TRAIT_REAL;
-  if (!real || ((slot.flags & SLOT_ALLOWED_MASK) && !bit(a.allowed, id))) x = x == x ? -INFINITY : x;
+  if (!real || (a.masked && !bit(a.allowed, id))) x = x == x ? -INFINITY : x;
   return x;
 }
 
@@ -188,7 +189,8 @@ DEVICE void load_logits(Row& row, const SlotState& slot, int slot_id) {
   const float* from = p.logits + (size_t)block_y() * p.vocab + row.first;
   const uint8_t* traits = p.token_traits + row.first;
   const size_t words = ceil_div(p.vocab, 32);
-  const Adjustment a = {&slot, p.allowed + slot_id * words, p.prompt_seen + slot_id * words,
+  const bool masked = (slot.flags & SLOT_ALLOWED_MASK) || slot_is_guided(slot);
+  const Adjustment a = {&slot, masked, p.allowed + slot_id * words, p.prompt_seen + slot_id * words,
                         p.output_counts + (size_t)slot_id * p.vocab};
   const bool biased = slot.bias_count > 0, aligned = p.vocab % 4 == 0;
   for (int first = thread_idx(); first < row.groups; first += kBatch * SAMPLE_THREADS) {
@@ -492,7 +494,7 @@ DEVICE void advance_slot(const SampleParams& p, SlotState& slot, int slot_id, co
   slot.finish = finish;
   if (finish) slot.flags &= ~SLOT_ACTIVE;
   record.token = token;
-  record.flags = flags | TOKEN_VALID;
+  record.flags = flags | TOKEN_VALID | (finish || slot_runs(slot) ? 0 : TOKEN_AWAITS_MASK);
   record.finish = finish;
   record.generated = slot.generated;
   record.ignores_used = budget.ignores_used;
@@ -523,7 +525,7 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
   // The leader alone: once its record is out, the last row's leader may count the step.
   TokenRecord& record = p.ring->records[leader ? *p.step % RING_STEPS : 0][block_y()];
 
-  if (!(slot.flags & SLOT_ACTIVE)) {
+  if (!slot_runs(slot)) {
     if (leader) {
       record.serial = slot.serial;
       record.slot = slot_id;

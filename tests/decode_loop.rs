@@ -134,6 +134,7 @@ fn steps_made(device: &Device, lengths: &[u32], steps: u32) -> Vec<usize> {
                 eos_ids,
                 sampling,
                 budget: None,
+                guided: false,
             })
             .unwrap();
     }

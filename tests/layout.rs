@@ -5,8 +5,19 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Requests, sequences, pages: never sees a device.
-const LOGIC: &[&str] =
-    &["args", "blocks", "budget", "chat", "frontend", "sampling", "scheduler", "sequence", "thinking", "tokenizer"];
+const LOGIC: &[&str] = &[
+    "args",
+    "blocks",
+    "budget",
+    "chat",
+    "frontend",
+    "guide",
+    "sampling",
+    "scheduler",
+    "sequence",
+    "thinking",
+    "tokenizer",
+];
 /// Devices, kernels, the model: never sees a request.
 const COMPUTE: &[&str] =
     &["device", "executor", "kernels", "kv_cache", "model", "ops", "scoring", "simulator", "slots", "tiles", "tiling"];

@@ -85,6 +85,7 @@ impl Runner {
             eos_ids: self.config.eos_token_ids.clone(),
             sampling: self.greedy.clone(),
             budget: None,
+            guided: false,
         };
         let mut admissions = vec![setup];
         let pieces = prompt.chunks(piece).count();

@@ -3,7 +3,7 @@
 //! sequence gets the tokens that it gets alone.
 
 use crate::random::Random;
-use ponder::batch::{Batch, Finish, PrefillChunk, SamplingParams, SlotSetup, TokenEvent, Work};
+use ponder::batch::{Batch, BudgetParams, Finish, Mask, PrefillChunk, SamplingParams, SlotSetup, TokenEvent, Work};
 use ponder::blocks::PageHash;
 use ponder::scheduler::{Counters, Limits, Scheduler, Submission};
 use std::cell::RefCell;
@@ -31,6 +31,7 @@ fn setup(serial: u32, tokens: Vec<u32>, max_generated: u32, limits: &Limits) -> 
         eos_ids: vec![],
         sampling: sampling(),
         budget: None,
+        guided: false,
     }
 }
 
@@ -96,7 +97,27 @@ struct Seat {
     setup: SlotSetup,
     tokens: Vec<u32>,
     active: bool,
+    /// No draw needs a mask until it is over.
+    thinking: bool,
+    /// The last that came.
+    mask: Option<Mask>,
     table: Vec<u32>,
+}
+
+impl Seat {
+    fn generated(&self) -> u32 {
+        (self.tokens.len() - self.setup.tokens.len()) as u32
+    }
+
+    fn runs(&self) -> bool {
+        let masked = self.mask.as_ref().is_some_and(|mask| mask.generated == self.generated());
+        self.active && (!self.setup.guided || self.thinking || masked)
+    }
+}
+
+/// What stands for the mask of a draw.
+fn mask(serial: u32, generated: u32) -> Vec<u32> {
+    vec![serial, generated]
 }
 
 /// A device that checks what it is told to do, with hashes for keys and values: what is in a page says which tokens stand
@@ -125,7 +146,14 @@ impl Device {
         for setup in &batch.admissions {
             assert!(setup.slot > 0 && setup.slot < limits.slots);
             assert!(!batch.releases.contains(&setup.slot), "a new sequence would be released");
-            let seat = Seat { setup: setup.clone(), tokens: setup.tokens.clone(), active: true, table: vec![] };
+            let seat = Seat {
+                setup: setup.clone(),
+                tokens: setup.tokens.clone(),
+                active: true,
+                thinking: !setup.begins_guided(),
+                mask: None,
+                table: vec![],
+            };
             self.seats.insert(setup.slot, seat);
         }
         for slot in &batch.releases {
@@ -141,8 +169,20 @@ impl Device {
         for copy in &batch.copies {
             self.pages[copy.to as usize] = self.pages[copy.from as usize].clone();
         }
+        for mask in &batch.masks {
+            assert!(
+                matches!(&batch.work, Work::Decode { slots, .. } if slots.contains(&mask.slot)),
+                "a mask too early"
+            );
+            let seat = self.seats.get_mut(&mask.slot).expect("masks are for slots in use");
+            assert!(seat.active && !seat.runs(), "a mask that nobody waits for");
+            assert_eq!(mask.allowed, self::mask(seat.setup.serial, seat.generated()));
+            seat.mask = Some(mask.clone());
+        }
         match &batch.work {
-            Work::Nothing => assert!(!batch.releases.is_empty(), "a batch without a purpose"),
+            Work::Nothing => {
+                assert!(!batch.releases.is_empty() || !batch.pages.is_empty(), "a batch without a purpose");
+            }
             Work::Prefill(chunks) => {
                 assert!(chunks.len() as u32 <= limits.rows);
                 assert!(chunks.iter().map(|c| c.tokens.len() as u32).sum::<u32>() <= limits.prefill_tokens);
@@ -173,7 +213,7 @@ impl Device {
         for (i, &slot) in slots.iter().enumerate() {
             assert!(!slots[..i].contains(&slot), "slot {slot} twice in a step");
             let seat = &self.seats[&slot];
-            if seat.active {
+            if seat.runs() {
                 let (position, token) = (seat.tokens.len() as u32 - 1, *seat.tokens.last().unwrap());
                 self.append(&PrefillChunk { slot, tokens: vec![token], position, last: true, scoring: None });
                 let history = self.read(slot, position + 1);
@@ -216,9 +256,11 @@ impl Device {
         if !seat.active {
             return None;
         }
+        assert!(seat.runs(), "a prompt whose first draw has no mask");
         let (token, stop) = next_token(seat.setup.serial, history);
         seat.tokens.push(token);
-        let generated = (seat.tokens.len() - seat.setup.tokens.len()) as u32;
+        seat.thinking &= !token.is_multiple_of(8);
+        let generated = seat.generated();
         let full = generated == seat.setup.max_generated || seat.tokens.len() as u32 == seat.setup.max_length;
         let finish = if stop { Some(Finish::Stop) } else { full.then_some(Finish::Length) };
         seat.active = finish.is_none();
@@ -230,6 +272,7 @@ impl Device {
             reasoning: false,
             delimiter: false,
             max_hit: false,
+            awaits_mask: seat.active && !seat.runs(),
             finish,
             generated,
             ignores_used: 0,
@@ -251,11 +294,14 @@ struct Outcome {
     /// Decode steps beyond the first of a batch, and those that were left out.
     more_steps: u32,
     left_out: u32,
+    /// Masks given.
+    masks: u32,
     counters: Counters,
 }
 
-/// `loops`: of several decode steps in one batch some may be left out, as where the host breaks in.
-fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) -> Outcome {
+/// `loops`: of several decode steps in one batch some may be left out, as where the host breaks in. `guided`: one sequence in
+/// so many needs masks, which come after any number of operations.
+fn random_operations(limits: Limits, loops: bool, guided: Option<u32>, operations: u32, seed: u64) -> Outcome {
     let mut scheduler = Scheduler::new(limits);
     let mut device = Device::new(limits);
     let mut random = Random(seed);
@@ -265,12 +311,17 @@ fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) ->
     let (mut serial, mut looping) = (0, false);
     // The tokens of one that has ended.
     let ended: RefCell<Vec<u32>> = RefCell::default();
+    // Masks that are due: for which draw of which sequence.
+    let due: RefCell<Vec<(u32, u32)>> = RefCell::default();
     let receive = |scheduler: &mut Scheduler, open: &mut BTreeMap<u32, (SlotSetup, Vec<u32>)>, event: &TokenEvent| {
         let live = open.get_mut(&event.serial);
         assert_eq!(scheduler.received(event), live.is_some(), "tokens of ended sequences are late");
         let (setup, tokens) = live?;
         tokens.push(event.token);
         assert_eq!(tokens.len() as u32, event.generated);
+        if event.awaits_mask {
+            due.borrow_mut().push((event.serial, event.generated));
+        }
         if event.finish.is_some() {
             assert_eq!(*tokens, alone(setup), "serial {}", event.serial);
             ended.replace(setup.tokens.iter().chain(&*tokens).copied().collect());
@@ -279,7 +330,14 @@ fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) ->
         Some(event.finish.is_some())
     };
     for _ in 0..operations {
-        match random.below(10) {
+        let many = due.borrow().len() as u32;
+        match random.below(if guided.is_some() { 12 } else { 10 }) {
+            10.. if many > 0 => {
+                // Also of those that have been cancelled.
+                let (serial, generated) = due.borrow_mut().swap_remove(random.below(many) as usize);
+                scheduler.set_mask(serial, mask(serial, generated));
+                outcome.masks += 1;
+            }
             0 if open.len() < 20 => {
                 serial += 1;
                 // One of three beginnings, then something else; or the prompt of another; or what another has come to.
@@ -295,7 +353,13 @@ fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) ->
                     None => (0..shared).map(|i| family + i).chain(own).collect(),
                 };
                 let tenant = PageHash::root(["", "another"][usize::from(fork_of.is_none() && random.below(5) == 0)]);
-                let setup = setup(serial, tokens, 1 + random.below(100), &limits);
+                let mut setup = setup(serial, tokens, 1 + random.below(100), &limits);
+                if guided.is_some_and(|one_in| random.below(one_in) == 0) {
+                    setup.guided = true;
+                    let starts_thinking = random.below(2) == 0;
+                    setup.budget = Some(BudgetParams { starts_thinking, ..Default::default() });
+                    due.borrow_mut().extend((!starts_thinking).then_some((serial, 0)));
+                }
                 let priority = if random.below(5) == 0 { random.below(10) } else { 0 };
                 scheduler.submit(Submission { setup: setup.clone(), priority, tenant, fork_of });
                 open.insert(serial, (setup, vec![]));
@@ -340,6 +404,7 @@ fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) ->
     }
     scheduler.settle();
     while !open.is_empty() {
+        due.borrow_mut().drain(..).for_each(|(serial, generated)| scheduler.set_mask(serial, mask(serial, generated)));
         let batch = scheduler.plan();
         assert!(batch.is_some() || !device.in_flight.is_empty(), "stuck: {:?}", open.keys());
         batch.iter().for_each(|batch| device.run(batch));
@@ -356,7 +421,7 @@ fn random_operations(limits: Limits, loops: bool, operations: u32, seed: u64) ->
 /// With too few pages for all who have a seat.
 #[test]
 fn random_operations_keep_the_books() {
-    let outcome = random_operations(LIMITS, false, 1_000_000, 1);
+    let outcome = random_operations(LIMITS, false, None, 1_000_000, 1);
     let Outcome { ended, cancelled, late, copies, counters, .. } = outcome;
     assert!(ended > 5000 && cancelled > 1000 && late > 1000 && copies > 300, "{outcome:?}");
     assert!(counters.preemptions > 1000 && counters.found_tokens * 10 > counters.prefilled_tokens, "{outcome:?}");
@@ -366,14 +431,14 @@ fn random_operations_keep_the_books() {
 #[test]
 fn random_operations_with_many_rows() {
     let limits = Limits { slots: 33, pages: 70, rows: 32, prefill_tokens: 64, prefill_beside_decode: 64, ..LIMITS };
-    let outcome = random_operations(limits, false, 150_000, 2);
+    let outcome = random_operations(limits, false, None, 150_000, 2);
     assert!(outcome.counters.preemptions > 300, "{outcome:?}");
 }
 
 /// Nothing is preempted where a sequence's tokens are to depend on nothing but itself.
 #[test]
 fn random_operations_deterministic() {
-    let outcome = random_operations(Limits { deterministic: true, ..LIMITS }, false, 150_000, 3);
+    let outcome = random_operations(Limits { deterministic: true, ..LIMITS }, false, None, 150_000, 3);
     assert!(outcome.ended > 1000 && outcome.counters.preemptions == 0 && outcome.copies > 50, "{outcome:?}");
     assert!(outcome.counters.found_tokens > 10_000, "{outcome:?}");
 }
@@ -394,11 +459,53 @@ fn random_operations_with_many_steps() {
     for (limits, loops, seed) in
         [(limits, false, 5), (limits, true, 6), (Limits { deterministic: true, pages: 250, ..limits }, true, 7)]
     {
-        let outcome = random_operations(limits, loops, 150_000, seed);
+        let outcome = random_operations(limits, loops, None, 150_000, seed);
         assert!(outcome.ended > 1000 && outcome.cancelled > 100, "{outcome:?}");
         assert!(outcome.more_steps > 2000 && loops == (outcome.left_out > 500), "{outcome:?}");
         assert!(limits.deterministic || outcome.counters.preemptions > 50, "{outcome:?}");
     }
+}
+
+/// Some pause for their masks, many steps or none at all.
+#[test]
+fn random_operations_with_masks() {
+    let many = Limits { slots: 25, pages: 85, rows: 24, prefill_tokens: 200, prefill_beside_decode: 200, ..LIMITS };
+    let steps = Limits { decode_steps: 13, ..many };
+    let deterministic = Limits { deterministic: true, pages: 250, ..steps };
+    let cases =
+        [(LIMITS, false, 8), (many, false, 9), (steps, false, 10), (steps, true, 11), (deterministic, true, 12)];
+    for (limits, loops, seed) in cases {
+        let outcome = random_operations(limits, loops, Some(2), 150_000, seed);
+        assert!(outcome.ended > 500 && outcome.cancelled > 100 && outcome.masks > 5000, "{outcome:?}");
+        assert!(limits.deterministic || outcome.counters.preemptions > 50, "{outcome:?}");
+    }
+}
+
+/// A sequence without its mask costs the others no step, and one with its mask gets one step for it.
+#[test]
+fn who_waits_for_a_mask_holds_up_nobody() {
+    let (mut scheduler, mut device) = (Scheduler::new(LIMITS), Device::new(LIMITS));
+    for serial in 1..=3 {
+        let Submission { mut setup, .. } = own(serial, 8, 60);
+        setup.guided = serial == 2;
+        scheduler.submit(submission(setup));
+    }
+    let mut rows = Vec::new();
+    for step in 0..20 {
+        let batch = scheduler.plan().unwrap();
+        if let Work::Decode { slots, .. } = &batch.work {
+            rows.push(slots.len());
+        }
+        device.run(&batch);
+        assert!(device.in_flight.drain(..).flatten().all(|event| scheduler.received(&event)));
+        scheduler.check();
+        if step == 10 {
+            scheduler.set_mask(2, mask(2, 0));
+        }
+    }
+    let mut expected = vec![2; 19];
+    expected[10] = 3;
+    assert_eq!(rows, expected);
 }
 
 /// Steps come in numbers only while nothing else could be done in between, and where all their pages are there.
@@ -590,6 +697,7 @@ fn bad_pages_are_forgotten() {
         reasoning: false,
         delimiter: false,
         max_hit: false,
+        awaits_mask: false,
         finish: Some(Finish::Error),
         generated: 0,
         ignores_used: 0,

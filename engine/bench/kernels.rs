@@ -493,6 +493,7 @@ impl Bench<'_> {
                 eos_ids: Vec::new(),
                 sampling: sampling.clone(),
                 budget: None,
+                guided: false,
             })?;
         }
         Ok(slots)
