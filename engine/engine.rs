@@ -158,8 +158,11 @@ pub(crate) fn accept(
     context: u32,
 ) -> Result<Accepted> {
     let (setup, transcript) = frontend.accept(request, id.0, context)?;
-    let vocab = frontend.config.vocab_size;
-    let guided = request.grammar.as_ref().map(|grammar| GuidedAnswer::new(grammar, &setup, vocab));
+    let guided = request.grammar.as_ref().map(|grammar| {
+        let opens = frontend.delimiters.as_ref().filter(|d| !d.start_in_prompt);
+        let start = opens.map_or_else(Vec::new, |d| d.start.clone());
+        GuidedAnswer::new(grammar, &setup, start, frontend.config.vocab_size)
+    });
     let tenant = PageHash::root(&request.tenant);
     let fork_of = fork_of.map(|parent| parent.0);
     let submission = Submission { setup, priority: request.priority, tenant, fork_of };

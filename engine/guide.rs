@@ -61,8 +61,8 @@ pub struct GuidedAnswer {
 }
 
 impl GuidedAnswer {
-    pub fn new(grammar: &Grammar, setup: &SlotSetup, vocab: usize) -> GuidedAnswer {
-        let start = setup.budget.as_ref().map_or_else(Vec::new, |budget| budget.start.clone());
+    /// `start`: by which the model may open its thinking; empty if it never does so by itself.
+    pub fn new(grammar: &Grammar, setup: &SlotSetup, start: Vec<u32>, vocab: usize) -> GuidedAnswer {
         GuidedAnswer {
             guide: grammar.0(),
             tokens: Vec::new(),
@@ -103,7 +103,7 @@ impl GuidedAnswer {
                 allowed.fill(0);
                 self.eos_ids.iter().for_each(|&id| set(&mut allowed, id));
             }
-            Ok(Err(_)) | Err(_) => allowed.fill(0),
+            Ok(Err(_)) | Err(_) => return vec![0; self.words],
         }
         let start = self.start.first().filter(|_| self.opening.is_some());
         self.offered = start.is_some_and(|&id| allowed[id as usize / 32] >> (id % 32) & 1 == 0);

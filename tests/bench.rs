@@ -108,7 +108,7 @@ impl Drop for Config {
 
 #[test]
 fn the_roofline_is_what_memory_or_arithmetic_need() {
-    let roofline = Roofline { bytes_per_second: 2e12, flops_per_second: 1e15 };
+    let roofline = Roofline { bytes_per_second: 2e12, flops_per_second: 1e15, element_bytes: 2 };
     let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} is not {b}");
     near(roofline.percent(4_000_000, 0, 4e-6), 50.0);
     near(roofline.percent(4_000_000, 3_000_000_000, 4e-6), 75.0);

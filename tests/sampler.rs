@@ -89,7 +89,11 @@ impl Row {
             row.prompt.iter_mut().for_each(|p| *p = r.below(3) == 0);
         });
         maybe(&mut |r| {
-            s.flags |= SLOT_ALLOWED_MASK;
+            match r.below(2) {
+                0 => s.flags |= SLOT_ALLOWED_MASK,
+                // Now and then the mask is that of an earlier draw.
+                _ => (s.flags, s.mask_for) = (s.flags | SLOT_GUIDED, s.generated - i32::from(r.below(4) == 0)),
+            }
             let one_in = 1 + r.below(8);
             row.allowed.iter_mut().for_each(|a| *a = r.below(one_in) == 0);
             row.allowed[vocab / 3] = true;
@@ -115,6 +119,12 @@ impl Row {
         maybe(&mut |r| s.max_generated = s.generated + 1 + r.below(2) as i32);
         maybe(&mut |r| s.max_length = s.length + 1 + r.below(2) as i32);
         row
+    }
+
+    /// As slot_runs in kernels/kernel.cuh, for a slot without a budget.
+    fn runs(&self) -> bool {
+        let s = &self.state;
+        s.flags & SLOT_ACTIVE != 0 && (s.flags & SLOT_GUIDED == 0 || s.mask_for == s.generated)
     }
 
     fn inactive(mut self) -> Row {
@@ -291,7 +301,7 @@ fn adjusted(row: &Row, traits: &[u8]) -> Vec<f64> {
     }
     for id in 0..logits.len() {
         let stops = s.generated < s.min_generated && s.stop_ids[..s.stop_count as usize].contains(&(id as i32));
-        let forbidden = s.flags & SLOT_ALLOWED_MASK != 0 && !row.allowed[id];
+        let forbidden = s.flags & (SLOT_ALLOWED_MASK | SLOT_GUIDED) != 0 && !row.allowed[id];
         if traits[id] & REAL == 0 || stops || forbidden {
             logits[id] = f64::NEG_INFINITY;
         }
@@ -413,7 +423,9 @@ fn check(row: &Row, traits: &[u8], slot_id: u32, record: &TokenRecord, slot: &Sl
     } else {
         FINISH_NONE
     };
-    assert_eq!((record.finish, record.flags), (finish, TOKEN_VALID), "{what}");
+    let pauses = finish == FINISH_NONE && before.flags & SLOT_GUIDED != 0;
+    let flags = TOKEN_VALID | if pauses { TOKEN_AWAITS_MASK } else { 0 };
+    assert_eq!((record.finish, record.flags), (finish, flags), "{what}");
     assert_eq!(
         (record.generated, record.ignores_used, record.reasoning_tokens),
         (before.generated + 1, 0, 0),
@@ -443,7 +455,7 @@ fn run_and_check(device: &Device, traits: &[u8], cluster: u32, rows: &[Option<Ro
     for (i, (row, record)) in rows.iter().zip(&records).enumerate() {
         let what = format!("{what}, {}, cluster {cluster}, row {i}", device.describe());
         match row {
-            Some(row) if row.state.flags & SLOT_ACTIVE != 0 => {
+            Some(row) if row.runs() => {
                 check(row, traits, i as u32 + 1, record, &bench.slot(i), &bench.counts(i), &what);
             }
             Some(row) => {

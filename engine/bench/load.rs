@@ -172,7 +172,9 @@ impl Outcome {
         };
         let (prefilled, seconds) = (median(prefilled), median(whole));
         let tokens = load.requests as u64 * output;
+        // Of bf16.
         let step_bytes = model::decode_bytes(config, rows.min(load.requests) as u64 * (input + output / 2));
+        let step_bytes = step_bytes * roofline.map_or(2, |r| r.element_bytes) / 2;
         let prompts = load.requests as u64 * model::prefill_flops(config, input);
         let per_token = Milliseconds::of(gaps);
         Outcome {
@@ -226,8 +228,8 @@ mod tests {
     fn times_are_taken_where_all_requests_decode() {
         let timeline: Timeline = vec![vec![1.0, 1.05, 1.06, 1.07], vec![1.05, 1.06, 1.07, 1.09]];
         let load = Load { requests: 2, input_tokens: 10, output_tokens: 4, iterations: 1, warmup: 0 };
-        let roofline = Roofline { bytes_per_second: 1e9, flops_per_second: 1e12 };
-        let o = Outcome::new(&config(), &load, 16, &[timeline], Some(roofline), Some(4.0));
+        let roofline = Roofline { bytes_per_second: 1e9, flops_per_second: 1e12, element_bytes: 2 };
+        let o = Outcome::new(&config(), &load, 16, std::slice::from_ref(&timeline), Some(roofline), Some(4.0));
         let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-6 * b.abs(), "{a} is not {b}");
         near(o.time_to_first_token_ms.mean, 1025.0);
         near(o.time_to_first_token_ms.p50, 1000.0);
@@ -239,6 +241,9 @@ mod tests {
         near(o.total_tokens_per_second, 28.0 / 1.09);
         near(o.joules_per_output_token.unwrap(), 0.5);
         near(o.decode_roofline_percent.unwrap(), o.decode_step_bytes as f64 / 1e9 / 0.010 * 100.0);
+        let narrow = Roofline { element_bytes: 1, ..roofline };
+        let half = Outcome::new(&config(), &load, 16, &[timeline], Some(narrow), None);
+        near(half.decode_roofline_percent.unwrap(), o.decode_roofline_percent.unwrap() / 2.0);
         let flops = 2.0 * model::prefill_flops(&config(), 10) as f64;
         near(o.prefill_roofline_percent.unwrap(), flops / 1e12 / 1.05 * 100.0);
     }

@@ -8,6 +8,7 @@ pub mod load;
 pub mod serve;
 
 use crate::device::Device;
+use crate::device::simulated::SimulatedGpu;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::path::Path;
@@ -62,13 +63,16 @@ pub struct Roofline {
     pub bytes_per_second: f64,
     /// bf16 without sparsity.
     pub flops_per_second: f64,
+    /// Of a weight, a key or a value.
+    pub element_bytes: u64,
 }
 
 impl Roofline {
     /// None for the host target.
     pub fn of(device: &Device) -> Option<Roofline> {
         let (bytes_per_second, flops_per_second) = device.roofline()?;
-        Some(Roofline { bytes_per_second, flops_per_second })
+        let element_bytes = device.simulated().map_or(2, SimulatedGpu::element_bytes);
+        Some(Roofline { bytes_per_second, flops_per_second, element_bytes })
     }
 
     /// The time that memory or the tensor cores need at the least, of the time it took.
