@@ -103,7 +103,12 @@ impl GuidedAnswer {
                 allowed.fill(0);
                 self.eos_ids.iter().for_each(|&id| set(&mut allowed, id));
             }
-            Ok(Err(_)) | Err(_) => return vec![0; self.words],
+            Ok(Err(error)) => {
+                tracing::warn!("an answer ends, because its grammar has failed: {error}");
+                return vec![0; self.words];
+            }
+            // It has said so itself.
+            Err(_) => return vec![0; self.words],
         }
         let start = self.start.first().filter(|_| self.opening.is_some());
         self.offered = start.is_some_and(|&id| allowed[id as usize / 32] >> (id % 32) & 1 == 0);
