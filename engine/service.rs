@@ -37,6 +37,13 @@ pub type Sink = Box<dyn FnMut(Result<Update>) + Send>;
 struct Progress {
     stats: Stats,
     at: Instant,
+    /// Why there will be no more steps.
+    problem: Option<String>,
+}
+
+/// The error of whoever asks something of an engine that has failed.
+fn stopped(problem: &str) -> Error {
+    Error::Device(format!("the engine has stopped: {problem}"))
 }
 
 /// To the thread that runs steps.
@@ -76,7 +83,7 @@ impl Service {
         assert!(engine.is_idle(), "requests of before would have no stream");
         let Engine { frontend, stepper, .. } = engine;
         let context = stepper.context();
-        let progress = Arc::new(Mutex::new(Progress { stats: stepper.stats(), at: Instant::now() }));
+        let progress = Arc::new(Mutex::new(Progress { stats: stepper.stats(), at: Instant::now(), problem: None }));
         let (commands, command) = channel();
         let (texts, message) = channel();
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
@@ -106,7 +113,7 @@ impl Service {
     }
 
     /// # Errors
-    /// A request that can never be served.
+    /// A request that can never be served; an engine that has failed.
     pub fn submit(&self, request: &Request) -> Result<Stream> {
         self.stream(request, None)
     }
@@ -132,6 +139,9 @@ impl Service {
     /// # Errors
     /// As [`Service::submit`].
     pub fn submit_to(&self, request: &Request, fork_of: Option<RequestId>, sink: Sink) -> Result<Ticket> {
+        if let Some(problem) = &self.progress.lock().expect("nobody panics with it").problem {
+            return Err(stopped(problem));
+        }
         let id = RequestId(self.next_serial.fetch_add(1, Ordering::Relaxed));
         let Accepted { submission, guided, transcript } = accept(&self.frontend, request, id, fork_of, self.context)?;
         // Where a thread has ended the sink is dropped: at once, or with the message.
@@ -203,27 +213,29 @@ impl Iterator for Stream {
         if self.ended {
             return None;
         }
-        let stopped = || Err(Error::Device("the engine has stopped, so no request can be served".into()));
-        let update = self.updates.recv().unwrap_or_else(|_| stopped());
+        let update = self.updates.recv().unwrap_or_else(|_| Err(stopped("no request can be served")));
         self.ended = update.as_ref().map_or(true, |update| update.finish.is_some());
         Some(update)
     }
 }
 
-/// Tells the other thread when this one ends, by a panic as well.
-struct Farewell {
+/// Tells the others when the thread of steps ends, by a panic as well.
+struct Farewell<'a> {
     texts: Sender<Message>,
+    progress: &'a Mutex<Progress>,
     problem: Option<String>,
 }
 
-impl Drop for Farewell {
+impl Drop for Farewell<'_> {
     fn drop(&mut self) {
+        // Before the streams hear of it: who asks then is refused.
+        self.progress.lock().expect("nobody panics with it").problem.clone_from(&self.problem);
         let _ = self.texts.send(Message::Stopped(self.problem.take()));
     }
 }
 
 fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<Message>, progress: &Mutex<Progress>) {
-    let mut farewell = Farewell { texts, problem: Some("it has panicked".into()) };
+    let mut farewell = Farewell { texts, progress, problem: Some("it has panicked".into()) };
     loop {
         // Without work there is nothing to do but to wait for some.
         let next = if stepper.is_idle() { commands.recv().ok() } else { commands.try_recv().ok() };
@@ -241,7 +253,8 @@ fn run_steps(mut stepper: Stepper, commands: &Receiver<Command>, texts: Sender<M
                 }
             },
         }
-        *progress.lock().expect("nobody panics with it") = Progress { stats: stepper.stats(), at: Instant::now() };
+        let done = Progress { stats: stepper.stats(), at: Instant::now(), problem: None };
+        *progress.lock().expect("nobody panics with it") = done;
     }
     farewell.problem = None;
 }
@@ -258,7 +271,7 @@ fn make_text(mut texts: Texts, messages: &Receiver<Message>, commands: &Sender<C
             Message::Stopped(problem) => {
                 for (id, mut sink) in sinks {
                     let update = match &problem {
-                        Some(problem) => Err(Error::Device(format!("the engine has stopped: {problem}"))),
+                        Some(problem) => Err(stopped(problem)),
                         None => Ok(texts.cancel(id).expect("a sink belongs to an open request")),
                     };
                     sink(update);

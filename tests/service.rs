@@ -3,10 +3,13 @@
 use crate::modulo;
 use ponder::batch::Finish;
 use ponder::chat::Message;
-use ponder::device::Device;
+use ponder::device::host::HostOptions;
+use ponder::device::{Device, Launch};
 use ponder::engine::Stats;
 use ponder::executor::ExecutorOptions;
 use ponder::frontend::Frontend;
+use ponder::kernels::planted::EVERYBODY_WAITS;
+use ponder::kernels::planted::abi::{PLANTED_SHARED, PlantedParams};
 use ponder::model::Weights;
 use ponder::sampling::SamplingRequest;
 use ponder::sequence::{Answer, FinishReason};
@@ -130,4 +133,30 @@ fn on_the_device_under_test() {
         answers.iter().map(modulo::ids).collect::<Vec<_>>(),
         expected.iter().map(modulo::ids).collect::<Vec<_>>()
     );
+}
+
+/// A kernel that waits for ever comes between the engine's own: the machine notices, every stream hears of it, and nobody is served
+/// any more.
+#[test]
+fn a_device_that_fails_ends_every_stream() {
+    let frontend = Frontend::open(Path::new(modulo::FOLDER), &ThinkingChoice::Auto).unwrap();
+    let device = Device::host(HostOptions::default());
+    let engine = Engine::new(frontend, Weights::Dummy, &device, &ExecutorOptions::default(), &mut |_, _| {}).unwrap();
+    let service = Service::start(engine);
+    let long = |seed| Request { stop: vec![], ..request(service.frontend(), seed, 2000) };
+    let mut streams: Vec<Stream> = (1..4).map(|seed| service.submit(&long(seed)).unwrap()).collect();
+    for stream in &mut streams {
+        stream.next().unwrap().unwrap();
+    }
+    let launch = EVERYBODY_WAITS.launch([1, 1, 1], PlantedParams { planted: 1, ..Default::default() });
+    device.launch(&Launch { shared_bytes: PLANTED_SHARED, ..launch }).unwrap();
+    for stream in streams {
+        let updates: Vec<_> = stream.collect();
+        let (last, before) = updates.split_last().unwrap();
+        assert!(before.iter().all(|update| update.as_ref().is_ok_and(|u| u.finish.is_none())));
+        let problem = last.as_ref().unwrap_err().to_string();
+        assert!(problem.contains("the engine has stopped") && problem.contains("everybody_waits"), "{problem}");
+    }
+    let refused = service.submit(&long(4)).err().unwrap().to_string();
+    assert!(refused.contains("the engine has stopped") && refused.contains("everybody_waits"), "{refused}");
 }
