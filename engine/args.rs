@@ -472,6 +472,30 @@ pub struct CurateArgs {
     pub seed: u64,
 }
 
+/// Bytes.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => Some(1.0),
+        "kb" => Some(1e3),
+        "mb" => Some(1e6),
+        "gb" => Some(1e9),
+        "k" | "kib" => Some(1024.0),
+        "m" | "mib" => Some(1024.0 * 1024.0),
+        "g" | "gib" => Some(1024.0 * 1024.0 * 1024.0),
+        _ => None,
+    };
+    let bytes = number.parse().ok().zip(unit).map(|(number, unit): (f64, f64)| number * unit);
+    let bytes = bytes.filter(|bytes| (1.0..1e15).contains(bytes));
+    bytes.map(|bytes| bytes as u64).ok_or_else(|| "write a size like 8GiB or 500MB".into())
+}
+
+fn parse_fraction(text: &str) -> Result<f64, String> {
+    let fraction = text.parse().ok().filter(|f| *f > 0.0 && *f <= 1.0);
+    fraction.ok_or_else(|| "write a number above 0 and up to 1".into())
+}
+
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|s| (0.0..=3600.0).contains(s));
     seconds.ok_or_else(|| "write a number of seconds from 0 to 3600".into())
@@ -488,6 +512,13 @@ pub struct ModelArgs {
     /// KV cache size in pages of 64 tokens [default: enough for one longest sequence, more on a GPU].
     #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u32).range(1..))]
     pub kv_pages: Option<u32>,
+    /// KV cache size in bytes, like 8GiB or 500MB.
+    #[arg(long, value_name = "SIZE", conflicts_with = "kv_pages", value_parser = parse_size)]
+    pub kv_memory: Option<u64>,
+    /// How much of the device's whole memory may be taken, weights and everything else included, 0 to 1 [default: 15/16 of
+    /// what is free; on the host target half of it at the most].
+    #[arg(long, value_name = "F", value_parser = parse_fraction)]
+    pub gpu_memory_utilization: Option<f64>,
     /// Requests that run at a time; others wait [default: 64].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1024))]
     pub max_sequences: Option<u32>,

@@ -5,7 +5,7 @@ use crate::batch::{Batch, PrefillChunk, Score, Scoring, TokenEvent, Work};
 use crate::config::ModelConfig;
 use crate::device::simulated::SimulatedGpu;
 use crate::device::{Buffer, Device, Graph, Launch};
-use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS};
+use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS, TokenRing};
 use crate::kv_cache::KvCache;
 use crate::model::{self, Activations, Model, PrefillStep, Weights};
 use crate::ops::{self, Rows, Tiles};
@@ -49,8 +49,11 @@ pub struct ExecutorOptions {
     pub max_slots: u32,
     /// Longest sequence; absent: the model's, or what fits.
     pub max_context: Option<u32>,
-    /// KV cache in pages; absent: what is useful and fits.
+    /// KV cache in pages, or in bytes; absent: what is useful and fits.
     pub pages: Option<u32>,
+    pub kv_memory: Option<u64>,
+    /// Of the device's whole memory, how much may be taken, everything included; absent: most of what is free.
+    pub memory_utilization: Option<f64>,
     /// Most prompt tokens in one step.
     pub prefill_chunk: u32,
     /// Replay recorded decode steps; otherwise launch kernel by kernel.
@@ -89,6 +92,8 @@ impl Default for ExecutorOptions {
             max_slots: 1 + MAX_DECODE_ROWS,
             max_context: None,
             pages: None,
+            kv_memory: None,
+            memory_utilization: None,
             prefill_chunk: 512,
             graphs: true,
             decode_loop: DecodeLoop::default(),
@@ -99,7 +104,8 @@ impl Default for ExecutorOptions {
     }
 }
 
-/// What takes device memory, decided before anything is allocated. Sizes in bytes.
+/// What takes device memory, decided before anything is allocated. Sizes in bytes, exact but for what the driver rounds up and
+/// what it makes of recorded steps, which lie in what is left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
     pub slots: u32,
@@ -110,8 +116,12 @@ pub struct MemoryPlan {
     pub prefill_chunk: u32,
     pub weights: u64,
     pub kv_cache: u64,
-    pub activations: u64,
+    /// Activations, the workspace of kernels, a step's inputs, the table of rotations.
+    pub workspace: u64,
+    /// What the sampler knows of sequences, and their block tables.
     pub slot_states: u64,
+    /// In pinned host memory.
+    pub ring: u64,
     pub free: u64,
 }
 
@@ -121,68 +131,107 @@ impl MemoryPlan {
     pub fn new(device: &Device, c: &ModelConfig, options: &ExecutorOptions) -> Result<MemoryPlan> {
         assert!((2..=MAX_SLOTS).contains(&options.max_slots) && options.prefill_chunk > 0);
         let model_context = c.max_position_embeddings as u32;
-        if options.max_context.is_some_and(|n| n > model_context) {
-            let n = options.max_context.unwrap();
-            return Err(Error::request(
-                "max_context",
-                format!("{n} is more than the model was made for, {model_context}"),
-            ));
+        if let Some(n) = options.max_context.filter(|&n| n > model_context) {
+            let problem = format!("{n} is more than the model was made for, {model_context}");
+            return Err(Error::request("max_context", problem));
         }
-        let mut context = options.max_context.unwrap_or(model_context);
-        let (free, _) = device.memory()?;
-        // The sizes below are those of bf16.
+        let (free, total) = device.memory()?;
+        // The sizes of the functions asked here are those of bf16.
         let halves = device.simulated().map_or(2, SimulatedGpu::element_bytes);
         let weights = model::weight_bytes(c) * halves / 2;
-        let activations = Activations::bytes(c, options.prefill_chunk) + context as u64 * c.head_dim as u64 * 4;
-        let slot_states = slots::slot_bytes(options.max_slots, c.vocab_size);
         let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c)) * halves / 2;
-        // Some is left to the driver, and on the host target to everybody else.
-        let usable = if device.is_host() { free / 2 } else { free - free / 16 };
-        let room = usable.saturating_sub(weights + activations + slot_states) / page_bytes;
-        let longest = context.div_ceil(PAGE_TOKENS);
-        let pages = match options.pages {
-            Some(pages) => pages as u64 + 1,
+        let workspace = |context: u32| {
+            let fixed_splits = fixed_splits(options, context.div_ceil(PAGE_TOKENS));
+            Activations::bytes(device, c, options.prefill_chunk, fixed_splits)
+                + Inputs::bytes(options.prefill_chunk)
+                + model::rotation_bytes(c, context)
+        };
+        let slot_states = |context: u32| {
+            slots::slot_bytes(options.max_slots, c.vocab_size)
+                + KvCache::table_bytes(options.max_slots, context.div_ceil(PAGE_TOKENS))
+        };
+        let most = options.max_context.unwrap_or(model_context);
+        let fixed = weights + workspace(most) + slot_states(most);
+        let usable = usable_memory(device, free, total, options.memory_utilization)?;
+        let room = usable.saturating_sub(fixed) / page_bytes;
+        let longest = u64::from(most.div_ceil(PAGE_TOKENS));
+        let pages = match (options.pages, options.kv_memory) {
+            (Some(pages), _) => u64::from(pages) + 1,
+            (None, Some(bytes)) if bytes < 2 * page_bytes => {
+                let problem = format!("{} hold no page: two take {}", mebibytes(bytes), mebibytes(2 * page_bytes));
+                return Err(Error::Usage(format!("--kv-memory: {problem}")));
+            }
+            (None, Some(bytes)) => bytes / page_bytes,
             // On the host target memory is not the KV cache's alone: as much as a few long sequences want.
-            None if device.is_host() => room.min(1 + 4 * longest as u64),
-            None => room.min(1 + (options.max_slots - 1) as u64 * longest as u64),
+            (None, None) if device.is_host() => room.min(1 + 4 * longest),
+            (None, None) => room.min(1 + u64::from(options.max_slots - 1) * longest),
         };
         if pages > room || room < 2 {
-            let need = weights + activations + slot_states + pages.max(2) * page_bytes;
             return Err(Error::Device(format!(
-                "not enough memory: {} are needed ({} of weights, {} pages of KV cache of {} each), {} can be had: lower \
-                 --kv-pages or --max-context, or take a smaller model",
-                mebibytes(need),
+                "not enough memory: {} are needed ({} of weights, {} of workspace and slots, {} pages of KV cache of {} \
+                 each), {} can be had: lower --kv-pages, --kv-memory, --max-sequences or --max-context, or take a smaller \
+                 model",
+                mebibytes(fixed + pages.max(2) * page_bytes),
                 mebibytes(weights),
+                mebibytes(fixed - weights),
                 pages.max(2),
                 mebibytes(page_bytes),
                 mebibytes(usable)
             )));
         }
-        let pages = pages as u32;
-        let fits = (pages - 1).saturating_mul(PAGE_TOKENS);
+        let pages = pages.min(u64::from(u32::MAX / PAGE_TOKENS)) as u32;
+        let fits = (pages - 1) * PAGE_TOKENS;
         if let Some(wanted) = options.max_context.filter(|&n| n > fits) {
-            return Err(Error::request(
-                "max_context",
-                format!(
-                    "{wanted} tokens need {} pages, and the KV cache has {}",
-                    wanted.div_ceil(PAGE_TOKENS),
-                    pages - 1
-                ),
-            ));
+            let (needed, there) = (wanted.div_ceil(PAGE_TOKENS), pages - 1);
+            let problem = format!("{wanted} tokens need {needed} pages, and the KV cache has {there}");
+            return Err(Error::request("max_context", problem));
         }
-        context = context.min(fits);
+        let context = most.min(fits);
         Ok(MemoryPlan {
             slots: options.max_slots,
             pages,
             context,
             prefill_chunk: options.prefill_chunk,
             weights,
-            kv_cache: pages as u64 * page_bytes,
-            activations,
-            slot_states,
+            kv_cache: u64::from(pages) * page_bytes,
+            workspace: workspace(context),
+            slot_states: slot_states(context),
+            ring: size_of::<TokenRing>() as u64,
             free,
         })
     }
+
+    /// Of the device's memory.
+    pub fn bytes(&self) -> u64 {
+        self.weights + self.kv_cache + self.workspace + self.slot_states
+    }
+}
+
+/// How attention of decode cuts sequences, if not as the whole batch has it: pages of the longest sequence, and the fewest that a
+/// piece of one may have.
+fn fixed_splits(options: &ExecutorOptions, max_pages: u32) -> Option<(u32, u32)> {
+    match options.techniques.split_kv {
+        true => options.deterministic.then_some((max_pages, 4)),
+        false => Some((max_pages, max_pages)),
+    }
+}
+
+/// How much of the device's memory may be taken.
+fn usable_memory(device: &Device, free: u64, total: u64, utilization: Option<f64>) -> Result<u64> {
+    let Some(utilization) = utilization else {
+        // Some is left to the driver, and on the host target to everybody else.
+        return Ok(if device.is_host() { free / 2 } else { free - free / 16 });
+    };
+    let usable = (total as f64 * utilization) as u64;
+    if usable > free {
+        return Err(Error::Device(format!(
+            "--gpu-memory-utilization {utilization}: that is {} of {}, and only {} are free: ask for less",
+            mebibytes(usable),
+            mebibytes(total),
+            mebibytes(free)
+        )));
+    }
+    Ok(usable)
 }
 
 fn mebibytes(bytes: u64) -> String {
@@ -246,6 +295,50 @@ struct Inputs {
     last_slots: Buffer,
 }
 
+impl Inputs {
+    /// Words of each, in order.
+    fn words(prefill_rows: u32) -> [usize; 9] {
+        let (rows, decode_rows) = (prefill_rows as usize, MAX_DECODE_ROWS as usize);
+        // What a decode step knows of its positions lies in the same place.
+        let positions = rows.max(decode_rows);
+        let tiles = rows * size_of::<PrefillTile>() / 4;
+        [decode_rows, rows, positions, rows, rows, tiles, 1, decode_rows, decode_rows]
+    }
+
+    fn bytes(prefill_rows: u32) -> u64 {
+        Inputs::words(prefill_rows).iter().sum::<usize>() as u64 * 4
+    }
+
+    fn new(device: &Device, prefill_rows: u32) -> Result<Inputs> {
+        let [
+            decode_slot,
+            prefill_slot,
+            position,
+            prompt_token,
+            prompt_position,
+            tiles,
+            tile_count,
+            last_rows,
+            last_slots,
+        ] = Inputs::words(prefill_rows).map(|words| -> Result<Buffer> {
+            let buffer = device.alloc(words * 4)?;
+            device.fill(&buffer, 0, words * 4, 0)?;
+            Ok(buffer)
+        });
+        Ok(Inputs {
+            decode_slot: decode_slot?,
+            prefill_slot: prefill_slot?,
+            position: position?,
+            prompt_token: prompt_token?,
+            prompt_position: prompt_position?,
+            tiles: tiles?,
+            tile_count: tile_count?,
+            last_rows: last_rows?,
+            last_slots: last_slots?,
+        })
+    }
+}
+
 impl Executor {
     /// Loads the weights and records the decode steps. `traits`: [vocab], from the tokenizer. `progress` hears of bytes done
     /// and bytes in all.
@@ -262,29 +355,10 @@ impl Executor {
     ) -> Result<Executor> {
         let plan = MemoryPlan::new(device, config, options)?;
         let model = Model::load(device, config, weights, plan.context, progress)?;
-        let (rows, decode_rows) = (plan.prefill_chunk as usize, MAX_DECODE_ROWS as usize);
-        let zeroed = |words: usize| -> Result<Buffer> {
-            let buffer = device.alloc(words * 4)?;
-            device.fill(&buffer, 0, words * 4, 0)?;
-            Ok(buffer)
-        };
-        let inputs = Inputs {
-            decode_slot: zeroed(decode_rows)?,
-            prefill_slot: zeroed(rows)?,
-            position: zeroed(rows)?,
-            prompt_token: zeroed(rows)?,
-            prompt_position: zeroed(rows)?,
-            tiles: zeroed(rows * size_of::<PrefillTile>() / 4)?,
-            tile_count: zeroed(1)?,
-            last_rows: zeroed(decode_rows)?,
-            last_slots: zeroed(decode_rows)?,
-        };
+        let inputs = Inputs::new(device, plan.prefill_chunk)?;
         let max_pages = plan.context.div_ceil(PAGE_TOKENS);
         let cache = KvCache::new(device, config.num_layers, model::heads(config), plan.pages, plan.slots, max_pages)?;
-        let fixed_splits = match options.techniques.split_kv {
-            true => options.deterministic.then_some((max_pages, 4)),
-            false => Some((max_pages, max_pages)),
-        };
+        let fixed_splits = fixed_splits(options, max_pages);
         let mut executor = Executor {
             device: device.clone(),
             slots: Slots::new(device, plan.slots, traits)?,

@@ -29,6 +29,11 @@ impl KvCache {
         layers as u64 * 2 * (heads.kv * PAGE_TOKENS * heads.dim) as u64 * 2
     }
 
+    /// Bytes of the block table.
+    pub fn table_bytes(slots: u32, max_pages: u32) -> u64 {
+        u64::from(slots) * u64::from(max_pages) * 4
+    }
+
     /// `max_pages`: of one sequence.
     pub fn new(
         device: &Device,

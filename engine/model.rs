@@ -69,23 +69,23 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// `rows`: of a prefill step.
-    pub fn bytes(c: &ModelConfig, rows: u32) -> u64 {
+    /// What new ones take.
+    pub fn bytes(device: &Device, c: &ModelConfig, rows: u32, fixed_splits: Option<(u32, u32)>) -> u64 {
         let rows = rows.max(MAX_DECODE_ROWS);
         let (heads, decode) = (heads(c), MAX_DECODE_ROWS as usize);
         let columns =
             2 * c.hidden_size + (heads.columns() + 2 * heads.query * heads.dim) as usize + c.intermediate_size;
-        (rows as usize * columns * 2 + decode * c.vocab_size * 4) as u64
+        let workspace = Workspace::bytes(device, widest(c), c.hidden_size, heads, fixed_splits);
+        (rows as usize * columns * 2 + decode * c.vocab_size * 4) as u64 + workspace
     }
 
-    /// `fixed_splits`: see [`Workspace::new`].
+    /// `rows`: of a prefill step. `fixed_splits`: see [`Workspace::new`].
     pub fn new(device: &Device, c: &ModelConfig, rows: u32, fixed_splits: Option<(u32, u32)>) -> Result<Activations> {
         let rows = rows.max(MAX_DECODE_ROWS);
         let heads = heads(c);
         let decode = MAX_DECODE_ROWS as usize;
         let matrix = |columns: usize| device.alloc(rows as usize * columns * 2);
         let q_columns = (heads.query * heads.dim) as usize;
-        let widest = (2 * c.intermediate_size).max(c.vocab_size).max(heads.columns() as usize);
         Ok(Activations {
             residual: matrix(c.hidden_size)?,
             normed: matrix(c.hidden_size)?,
@@ -94,7 +94,7 @@ impl Activations {
             attention: matrix(q_columns)?,
             mlp: matrix(c.intermediate_size)?,
             logits: device.alloc(decode * c.vocab_size * 4)?,
-            workspace: Workspace::new(device, widest, c.hidden_size, heads, fixed_splits)?,
+            workspace: Workspace::new(device, widest(c), c.hidden_size, heads, fixed_splits)?,
         })
     }
 }
@@ -114,6 +114,16 @@ pub struct PrefillStep<'a> {
 
 pub fn heads(c: &ModelConfig) -> Heads {
     Heads { query: c.num_heads as u32, kv: c.num_kv_heads as u32, dim: c.head_dim as u32 }
+}
+
+/// Columns of the widest decode product.
+fn widest(c: &ModelConfig) -> usize {
+    (2 * c.intermediate_size).max(c.vocab_size).max(heads(c).columns() as usize)
+}
+
+/// Bytes of the table of rotations.
+pub fn rotation_bytes(c: &ModelConfig, positions: u32) -> u64 {
+    u64::from(positions) * c.head_dim as u64 * 4
 }
 
 /// Bytes that the weights take on the device.

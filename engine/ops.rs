@@ -111,6 +111,32 @@ impl Workspace {
         heads: Heads,
         fixed_splits: Option<(u32, u32)>,
     ) -> Result<Workspace> {
+        let sizes = WorkspaceSizes::new(device, n, hidden, heads, fixed_splits);
+        let ticket = device.alloc(sizes.tickets)?;
+        device.fill(&ticket, 0, sizes.tickets, 0)?;
+        let partial = device.alloc(sizes.partial)?;
+        let squares = device.alloc(sizes.squares)?;
+        device.fill(&squares, 0, sizes.squares, 0)?;
+        Ok(Workspace { blocks: device.processors(), partial, ticket, split_pages: sizes.split_pages, squares })
+    }
+
+    /// Bytes that a new one takes.
+    pub fn bytes(device: &Device, n: usize, hidden: usize, heads: Heads, fixed_splits: Option<(u32, u32)>) -> u64 {
+        let sizes = WorkspaceSizes::new(device, n, hidden, heads, fixed_splits);
+        (sizes.partial + sizes.tickets + sizes.squares) as u64
+    }
+}
+
+/// In bytes.
+struct WorkspaceSizes {
+    partial: usize,
+    tickets: usize,
+    squares: usize,
+    split_pages: u32,
+}
+
+impl WorkspaceSizes {
+    fn new(device: &Device, n: usize, hidden: usize, heads: Heads, fixed_splits: Option<(u32, u32)>) -> WorkspaceSizes {
         let blocks = device.processors() as usize;
         let gemv = MAX_DECODE_ROWS as usize * GEMV_TILE_ROWS as usize;
         let attention = (heads.group() * (heads.dim + 2)) as usize;
@@ -123,12 +149,12 @@ impl Workspace {
         });
         let split = fixed_splits.map_or(0, |(max_pages, _)| pieces(max_pages, split_pages) * attention);
         let tickets = n.div_ceil(GEMV_TILE_ROWS as usize).max((MAX_DECODE_ROWS * heads.kv) as usize);
-        let ticket = device.alloc(tickets * 4)?;
-        device.fill(&ticket, 0, tickets * 4, 0)?;
-        let partial = device.alloc((blocks * 2 * gemv.max(attention)).max(split) * 4)?;
-        let squares = device.alloc(MAX_DECODE_ROWS as usize * hidden.div_ceil(SQUARES) * 4)?;
-        device.fill(&squares, 0, squares.bytes(), 0)?;
-        Ok(Workspace { blocks: blocks as u32, partial, ticket, split_pages, squares })
+        WorkspaceSizes {
+            partial: (blocks * 2 * gemv.max(attention)).max(split) * 4,
+            tickets: tickets * 4,
+            squares: MAX_DECODE_ROWS as usize * hidden.div_ceil(SQUARES) * 4,
+            split_pages,
+        }
     }
 }
 

@@ -487,8 +487,11 @@ impl Scheduler {
             Some(_) => self.blocks.pages_for(tokens) + 1 - self.blocks.pages_for(sequence.prompt),
             None => self.blocks.demand(sequence.findable(self.limits.page_tokens), tokens),
         };
-        // A page for everybody who runs, so that the next steps need not take back at once what is given now.
-        let reserved = if deterministic { self.promised() } else { self.holders as u32 };
+        // A page for everybody who runs and may need one, so that the next steps need not take back at once what is given now.
+        let grows =
+            |&&(_, slot): &&(Rank, u32)| self.blocks.pages_for(self.seated(slot).longest()) > self.blocks.held(slot);
+        let growing = || self.order[..self.holders].iter().filter(grows).count() as u32;
+        let reserved = if deterministic { self.promised() } else { growing() };
         demand + reserved <= self.blocks.available()
     }
 

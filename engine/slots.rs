@@ -2,9 +2,7 @@
 //! Must not know requests or text.
 
 use crate::Result;
-use crate::batch::{
-    Accounting, BudgetParams, Finish, Mask, OnEnd, SamplingParams, SlotSetup, ThinkingEnd, TokenEvent,
-};
+use crate::batch::{Accounting, BudgetParams, Finish, Mask, OnEnd, SamplingParams, SlotSetup, ThinkingEnd, TokenEvent};
 use crate::device::ring::Ring;
 use crate::device::{Buffer, Device};
 use crate::kernels::params::*;
@@ -35,7 +33,7 @@ pub struct Slots {
 /// Device memory of so many slots, bytes.
 pub fn slot_bytes(slots: u32, vocab: usize) -> u64 {
     let per_slot = size_of::<SlotState>() + POOL_PER_SLOT as usize * 4 + 2 * vocab_words(vocab) * 4;
-    slots as u64 * (per_slot + MAX_LOGIT_BIAS as usize * 8 + vocab * 2) as u64
+    slots as u64 * (per_slot + MAX_LOGIT_BIAS as usize * 8 + vocab * 2) as u64 + vocab as u64 + 8
 }
 
 fn vocab_words(vocab: usize) -> usize {

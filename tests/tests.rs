@@ -14,6 +14,7 @@ mod engine;
 mod guide;
 mod layout;
 mod loading;
+mod memory;
 mod model;
 mod modulo;
 mod norms;

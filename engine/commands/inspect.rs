@@ -73,7 +73,7 @@ fn delimiters(frontend: &Frontend, d: &Delimiters) -> String {
     )
 }
 
-fn memory(plan: &MemoryPlan) -> String {
+pub fn memory(plan: &MemoryPlan) -> String {
     let line = |name: &str, bytes: u64, what: String| {
         format!("              {:>10.1} MiB  {name}{what}\n", bytes as f64 / (1 << 20) as f64)
     };
@@ -84,7 +84,9 @@ fn memory(plan: &MemoryPlan) -> String {
         plan.kv_cache,
         format!(": {} pages of {PAGE_TOKENS} tokens, sequences of up to {} tokens", plan.pages - 1, plan.context),
     );
-    text += &line("activations", plan.activations, format!(": {} prompt tokens in a step", plan.prefill_chunk));
+    text += &line("workspace", plan.workspace, format!(": {} prompt tokens in a step", plan.prefill_chunk));
     text += &line("slots", plan.slot_states, format!(": {} sequences at a time", plan.slots - 1));
-    text + &line("free before", plan.free, String::new())
+    text += &line("together", plan.bytes(), String::new());
+    text += &line("free before", plan.free, "; recorded steps take some of the rest".into());
+    text + &line("host memory", plan.ring, ": the ring of tokens".into())
 }

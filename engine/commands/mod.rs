@@ -73,6 +73,8 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
         max_slots: args.max_sequences.map_or(default.max_slots, |n| n + 1),
         max_context: args.max_context,
         pages: args.kv_pages,
+        kv_memory: args.kv_memory,
+        memory_utilization: args.gpu_memory_utilization,
         graphs: !args.source.no_graphs,
         prefill_chunk: args.source.prefill_chunk,
         decode_loop: decode_loop(&args.source),

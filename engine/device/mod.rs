@@ -11,6 +11,7 @@ pub mod simulated;
 use crate::{Error, Result};
 use simulated::SimulatedGpu;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where to run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,7 +43,7 @@ impl std::str::FromStr for DeviceChoice {
 
 /// A handle that clones cheaply. All work goes into one stream, in order.
 #[derive(Clone)]
-pub struct Device(Arc<Target>);
+pub struct Device(Arc<Target>, Arc<AtomicU64>);
 
 enum Target {
     Host(host::HostDevice),
@@ -138,18 +139,22 @@ impl Device {
     /// # Errors
     /// No driver or no such GPU where one was asked for; too old a GPU.
     pub fn open(choice: DeviceChoice) -> Result<Device> {
-        let cuda = |ordinal| cuda::CudaDevice::open(ordinal).map(|d| Device(Arc::new(Target::Cuda(d))));
+        let cuda = |ordinal| cuda::CudaDevice::open(ordinal).map(|d| Device::on(Target::Cuda(d)));
         match choice {
             DeviceChoice::Host => Ok(Device::host(host::HostOptions::default())),
             DeviceChoice::Cuda(ordinal) => cuda(ordinal),
-            DeviceChoice::Simulated(gpu) => Ok(Device(Arc::new(Target::Simulated(gpu)))),
+            DeviceChoice::Simulated(gpu) => Ok(Device::on(Target::Simulated(gpu))),
             DeviceChoice::Auto if cuda::available() => cuda(0),
             DeviceChoice::Auto => Ok(Device::host(host::HostOptions::default())),
         }
     }
 
+    fn on(target: Target) -> Device {
+        Device(Arc::new(target), Arc::default())
+    }
+
     pub fn host(options: host::HostOptions) -> Device {
-        Device(Arc::new(Target::Host(host::HostDevice::new(options))))
+        Device::on(Target::Host(host::HostDevice::new(options)))
     }
 
     /// The GPU that is only simulated, where this is one.
@@ -174,6 +179,11 @@ impl Device {
         self.simulated().map_or_else(|| on!(self, d => d.memory()), |gpu| Ok((gpu.memory, gpu.memory)))
     }
 
+    /// Bytes of all buffers that there are.
+    pub fn allocated(&self) -> u64 {
+        self.1.load(Ordering::Relaxed)
+    }
+
     /// Streaming multiprocessors (the host target answers with its own small number).
     pub fn processors(&self) -> u32 {
         self.simulated().map_or_else(|| on!(self, d => d.processors()), |gpu| gpu.processors)
@@ -193,6 +203,7 @@ impl Device {
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.refuse_simulated()?;
         let address = on!(self, d => d.alloc(bytes))?;
+        self.1.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(Buffer { device: self.clone(), address, bytes })
     }
 
@@ -325,6 +336,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        self.device.1.fetch_sub(self.bytes as u64, Ordering::Relaxed);
         on!(self.device, d => d.free(self.address));
     }
 }
