@@ -223,7 +223,7 @@ fn guided_answers_under_pressure() {
             let guide = Thirds { history: random.next(), left: 1 + random.below(300), vocab, eos };
             let guided = random.below(3) > 0;
             let mut prompt: Vec<u32> = (0..1 + random.below(60)).map(|_| 3 + random.below(vocab - 3)).collect();
-            prompt.extend(start.iter().filter(|_| requests.len() % 2 == 0));
+            prompt.extend(start.iter().filter(|_| requests.len().is_multiple_of(2)));
             let max = 1 + random.below(400);
             let request = Request {
                 prompt,
