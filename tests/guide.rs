@@ -211,7 +211,7 @@ fn who_waits_for_a_guide_holds_up_nobody() {
 #[test]
 fn guided_answers_under_pressure() {
     let mut quiet = simulated(&ExecutorOptions::default());
-    let options = ExecutorOptions { max_slots: 33, pages: Some(40), max_context: Some(1024), ..Default::default() };
+    let options = ExecutorOptions { max_slots: 33, pages: Some(30), max_context: Some(1024), ..Default::default() };
     let mut busy = simulated(&options);
     let (vocab, eos) = (busy.frontend.tokenizer.real_tokens() as u32, busy.frontend.config.eos_token_ids[0]);
     let start = busy.frontend.delimiters.as_ref().unwrap().start.clone();
@@ -221,7 +221,7 @@ fn guided_answers_under_pressure() {
     while requests.len() < 300 || !busy.is_idle() {
         while requests.len() < 300 && busy.stats().waiting < 10 {
             let guide = Thirds { history: random.next(), left: 1 + random.below(300), vocab, eos };
-            let guided = random.below(3) > 0;
+            let guided = random.below(2) == 0;
             let mut prompt: Vec<u32> = (0..1 + random.below(60)).map(|_| 3 + random.below(vocab - 3)).collect();
             prompt.extend(start.iter().filter(|_| requests.len().is_multiple_of(2)));
             let max = 1 + random.below(400);
@@ -258,7 +258,7 @@ fn guided_answers_under_pressure() {
     }
     let stats = busy.stats();
     assert_eq!((stats.waiting, stats.running, stats.pages_used), (0, 0, 0), "{stats:?}");
-    assert!(cancelled > 5 && stats.counters.preemptions > 20, "{cancelled} cancelled, {stats:?}");
+    assert!(cancelled > 5 && stats.counters.preemptions > 3, "{cancelled} cancelled, {stats:?}");
     let (mut draws, mut thinking) = (0, 0);
     for (request, guide, answer) in requests.values() {
         let expected = modulo::answer_all(&mut quiet, std::slice::from_ref(request)).remove(0);
