@@ -410,7 +410,8 @@ impl Scheduler {
         let Stage::Prefill(position) = sequence.stage else { panic!("slot {slot} has no prompt to go on with") };
         let end = sequence.prefilled().min(position + *room);
         sequence.stage = if end == sequence.prefilled() { Stage::Decode } else { Stage::Prefill(end) };
-        let last = end == sequence.tokens.len() as u32;
+        let all = sequence.tokens.len() as u32;
+        let last = end == all;
         sequence.launched += u32::from(last);
         for index in position / page_tokens..end / page_tokens {
             self.blocks.publish(slot, index, sequence.hashes[index as usize]);
