@@ -5,9 +5,12 @@
 //! that the offsets count from (github.com/huggingface/safetensors, README, "Format").
 
 use crate::{Error, Result};
+use half::{bf16, f16};
 use serde::de::{MapAccess, Visitor};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Element types of safetensors that we know the size of.
@@ -92,6 +95,23 @@ pub struct Checkpoint {
 /// The format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 
+impl<'a> TensorView<'a> {
+    /// A range of the elements, in bf16; those of fp16 and fp32 are rounded to the nearest.
+    pub fn bf16(&self, range: Range<usize>) -> Cow<'a, [u8]> {
+        let size = self.dtype.size();
+        let bytes = &self.bytes[range.start * size..range.end * size];
+        let rounded = |numbers: &mut dyn Iterator<Item = f32>| -> Cow<'a, [u8]> {
+            numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect::<Vec<u8>>().into()
+        };
+        match self.dtype {
+            Dtype::Bf16 => bytes.into(),
+            Dtype::F16 => rounded(&mut bytes.as_chunks().0.iter().map(|&x| f16::from_le_bytes(x).to_f32())),
+            Dtype::F32 => rounded(&mut bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x))),
+            other => unreachable!("`weights` gives out no {other:?}"),
+        }
+    }
+}
+
 impl Checkpoint {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names.
     ///
@@ -163,23 +183,35 @@ impl Checkpoint {
     }
 
     /// # Errors
-    /// No such tensor, or one of another element type or shape.
-    pub fn tensor(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<TensorView<'_>> {
+    /// No such tensor, or one of another shape.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
         let Some((shard, info)) = self.tensors.get(name) else {
             return Err(Error::model(&self.source, format!("tensor {name:?} is missing")));
         };
-        if info.dtype != dtype || info.shape != shape {
+        if info.shape != shape {
             return Err(Error::model(
                 &self.source,
-                format!(
-                    "tensor {name:?} is {:?} of shape {:?}, where config.json asks for {dtype:?} of shape {shape:?}",
-                    info.dtype, info.shape
-                ),
+                format!("tensor {name:?} is of shape {:?}, where config.json asks for {shape:?}", info.shape),
             ));
         }
         let start = self.data_starts[*shard];
         let bytes = &self.shards[*shard][start + info.begin..start + info.end];
-        Ok(TensorView { dtype, shape: &info.shape, bytes })
+        Ok(TensorView { dtype: info.dtype, shape: &info.shape, bytes })
+    }
+
+    /// A tensor that can be had in bf16.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::tensor`], and other element types than bf16, fp16 and fp32.
+    pub fn weights(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
+        let tensor = self.tensor(name, shape)?;
+        match tensor.dtype {
+            Dtype::Bf16 | Dtype::F16 | Dtype::F32 => Ok(tensor),
+            other => Err(Error::model(
+                &self.source,
+                format!("tensor {name:?} is {other:?}: weights in bf16, fp16 and fp32 are supported"),
+            )),
+        }
     }
 }
 

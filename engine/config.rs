@@ -1,15 +1,29 @@
 //! A model folder's config.json and generation_config.json, read into [`ModelConfig`] with every field checked: what gets
-//! past here is a shape that the kernels can run. Knows no weights and no device.
+//! past here is a shape that the kernels can run, and a field that changes the result is honoured or refused by its name.
+//! Absent fields mean what they mean to the reference implementation. Knows no weights and no device.
 
+use crate::rope::{Rope, Scaling};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// Model families that the launch list fits.
+/// Model families that the launch list fits. What differs between them is in [`ModelConfig`], as data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
+    /// And Qwen2.5.
     Qwen2,
+    Qwen3,
+    Llama,
+    Mistral,
 }
+
+/// Names in config.json: `architectures`, `model_type`.
+const ARCHITECTURES: [(&str, &str, Architecture); 4] = [
+    ("Qwen2ForCausalLM", "qwen2", Architecture::Qwen2),
+    ("Qwen3ForCausalLM", "qwen3", Architecture::Qwen3),
+    ("LlamaForCausalLM", "llama", Architecture::Llama),
+    ("MistralForCausalLM", "mistral", Architecture::Mistral),
+];
 
 /// The shape of a model, validated.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,10 +40,15 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f32,
-    pub rope_theta: f64,
+    pub rope: Rope,
     pub tie_word_embeddings: bool,
     pub qkv_bias: bool,
+    /// Of the product after attention.
+    pub o_bias: bool,
+    /// Heads of q and k are RMS-normalised.
     pub qk_norm: bool,
+    /// [layers]: how many tokens, itself included, a token attends to; None: all before it.
+    pub windows: Vec<Option<u32>>,
     /// Any of them ends an answer; from both files, without repeats.
     pub eos_token_ids: Vec<u32>,
     pub defaults: SamplingDefaults,
@@ -42,11 +61,26 @@ pub struct SamplingDefaults {
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
     pub top_k: Option<u32>,
+    pub min_p: Option<f32>,
     pub repetition_penalty: Option<f32>,
 }
 
+/// Fields of generation_config.json that would change the result and that nothing here does; with what they say where they do
+/// nothing.
+const UNKNOWN_SAMPLING: [(&str, f64); 8] = [
+    ("num_beams", 1.0),
+    ("typical_p", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("penalty_alpha", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("suppress_tokens", f64::NAN),
+    ("bad_words_ids", f64::NAN),
+];
+
 /// Largest value of any size field: far beyond every model, and small enough that no product of four overflows 64 bits.
 const MAX_SIZE: u64 = 1 << 24;
+const MAX_LAYERS: usize = 1024;
 
 impl ModelConfig {
     /// # Errors
@@ -73,6 +107,8 @@ impl ModelConfig {
             if fields.has("num_key_value_heads") { fields.size("num_key_value_heads")? } else { num_heads };
         let head_dim = if fields.has("head_dim") {
             fields.size("head_dim")?
+        } else if architecture == Architecture::Qwen3 {
+            128
         } else if hidden_size % num_heads == 0 {
             hidden_size / num_heads
         } else {
@@ -114,25 +150,44 @@ impl ModelConfig {
             None | Some("silu") => {}
             Some(other) => return fields.bad("hidden_act", format!("{other:?} is not supported: \"silu\" is")),
         }
-        if fields.bool("use_sliding_window")? == Some(true) {
-            return fields.bad("use_sliding_window", "sliding-window attention is not supported".into());
+        if fields.bool("mlp_bias")? == Some(true) {
+            return fields.bad("mlp_bias", "biases in the MLP are not supported".into());
         }
+        if fields.has("quantization_config") {
+            return fields
+                .bad("quantization_config", "quantised weights are not supported: bf16, fp16 and fp32 are".into());
+        }
+        let num_layers = fields.size("num_hidden_layers")?;
+        if num_layers > MAX_LAYERS {
+            return fields.bad("num_hidden_layers", format!("{num_layers} is more than {MAX_LAYERS}"));
+        }
+        let max_position_embeddings = fields.size("max_position_embeddings")?;
+        let rope = fields.rope(max_position_embeddings)?;
         let rms_norm_eps = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
         if !(0.0..=1.0).contains(&rms_norm_eps) {
             return fields.bad("rms_norm_eps", format!("{rms_norm_eps} is not between 0 and 1"));
         }
+
+        let attention_bias = matches!(architecture, Architecture::Qwen3 | Architecture::Llama)
+            && fields.bool("attention_bias")?.unwrap_or(false);
 
         let mut eos_token_ids = Vec::new();
         fields.token_ids("eos_token_id", vocab_size, &mut eos_token_ids)?;
         let mut defaults = SamplingDefaults::default();
         if let Some(generation) = generation {
             let fields = Fields::parse(generation, generation_path)?;
+            for (name, neutral) in UNKNOWN_SAMPLING {
+                if fields.get(name).is_some_and(|value| value.as_f64() != Some(neutral)) {
+                    return fields.bad(name, "cannot be honoured: remove it".into());
+                }
+            }
             fields.token_ids("eos_token_id", vocab_size, &mut eos_token_ids)?;
             defaults = SamplingDefaults {
                 do_sample: fields.bool("do_sample")?,
                 temperature: fields.number("temperature")?.map(|x| x as f32),
                 top_p: fields.number("top_p")?.map(|x| x as f32),
                 top_k: fields.number("top_k")?.map(|x| x.clamp(0.0, MAX_SIZE as f64) as u32),
+                min_p: fields.number("min_p")?.map(|x| x as f32),
                 repetition_penalty: fields.number("repetition_penalty")?.map(|x| x as f32),
             };
         }
@@ -140,17 +195,19 @@ impl ModelConfig {
             architecture,
             hidden_size,
             intermediate_size,
-            num_layers: fields.size("num_hidden_layers")?,
+            num_layers,
             num_heads,
             num_kv_heads,
             head_dim,
             vocab_size,
-            max_position_embeddings: fields.size("max_position_embeddings")?,
+            max_position_embeddings: positions(max_position_embeddings, &rope),
             rms_norm_eps: rms_norm_eps as f32,
-            rope_theta: fields.rope_theta()?,
+            rope,
             tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
-            qkv_bias: true,
-            qk_norm: false,
+            qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
+            o_bias: attention_bias,
+            qk_norm: architecture == Architecture::Qwen3,
+            windows: fields.windows(architecture, num_layers)?,
             eos_token_ids,
             defaults,
         })
@@ -251,33 +308,139 @@ impl<'a> Fields<'a> {
             Some(v) => return self.bad("architectures", format!("{v} is not a list of one name")),
             None => None,
         };
-        match name.or(self.string("model_type")?) {
-            Some("Qwen2ForCausalLM" | "qwen2") => Ok(Architecture::Qwen2),
-            Some(other) => self.bad("architectures", format!("{other:?} is not supported: \"Qwen2ForCausalLM\" is")),
-            None => self.bad("architectures", "missing: is this a Hugging Face model folder?".into()),
+        let Some(name) = name.or(self.string("model_type")?) else {
+            return self.bad("architectures", "missing: is this a Hugging Face model folder?".into());
+        };
+        match ARCHITECTURES.iter().find(|(class, model_type, _)| name == *class || name == *model_type) {
+            Some(&(.., architecture)) => Ok(architecture),
+            None => {
+                let known = ARCHITECTURES.map(|(class, ..)| class).join(", ");
+                self.bad("architectures", format!("{name:?} is not supported: {known} are"))
+            }
         }
     }
 
-    /// `rope_theta` at the root, or the newer `rope_parameters.rope_theta`. Only plain RoPE.
-    fn rope_theta(&self) -> Result<f64> {
-        let mut theta = self.number("rope_theta")?;
-        for name in ["rope_parameters", "rope_scaling"] {
-            let Some(value) = self.get(name) else { continue };
-            let Value::Object(object) = value else { return self.bad(name, format!("{value} is not an object")) };
-            let inner = Fields { path: self.path, object: object.clone() };
-            let kind = match inner.string("rope_type")? {
-                Some(kind) => Some(kind),
-                None => inner.string("type")?,
-            };
-            if kind.is_some_and(|kind| kind != "default") {
-                return self.bad(name, format!("RoPE of type {:?} is not supported: \"default\" is", kind.unwrap()));
+    /// `rope_scaling` beside `rope_theta`, or the newer `rope_parameters`, which holds both.
+    fn rope(&self, max_positions: usize) -> Result<Rope> {
+        let name = if self.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" };
+        let object = match self.get(name) {
+            None => Map::new(),
+            Some(Value::Object(object)) => object.clone(),
+            Some(value) => return self.bad(name, format!("{value} is not an object")),
+        };
+        if let Some((layers, _)) = object.iter().find(|(_, value)| value.is_object()) {
+            return self.bad(name, format!("{layers:?}: angles of its own for a kind of layers are not supported"));
+        }
+        let inner = Fields { path: self.path, object };
+        let theta = inner.number("rope_theta")?.or(self.number("rope_theta")?).unwrap_or(10_000.0);
+        if theta <= 1.0 {
+            return self.bad("rope_theta", format!("{theta} is not greater than 1"));
+        }
+        for fields in [self, &inner] {
+            if fields.number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+                return fields.bad("partial_rotary_factor", "heads that are rotated in part are not supported".into());
             }
-            theta = inner.number("rope_theta")?.or(theta);
         }
-        match theta {
-            Some(theta) if theta > 1.0 => Ok(theta),
-            Some(theta) => self.bad("rope_theta", format!("{theta} is not greater than 1")),
-            None => self.bad("rope_theta", "missing (also in rope_parameters)".into()),
+        let kind = if inner.has("rope_type") { inner.string("rope_type")? } else { inner.string("type")? };
+        let positive = |field: &str, default: Option<f64>| match inner.number(field)?.or(default) {
+            Some(x) if x > 0.0 => Ok(x),
+            Some(x) => self.bad(name, format!("{field} is {x}, not greater than 0")),
+            None => self.bad(name, format!("{field} is missing")),
+        };
+        let original = || positive("original_max_position_embeddings", Some(max_positions as f64));
+        let scaling = match kind {
+            None | Some("default") => Scaling::None,
+            // Begins to differ from none beyond max_position_embeddings, where the reference implementation's result depends on
+            // how often it was called; no context goes there.
+            Some("dynamic") => {
+                positive("factor", None)?;
+                Scaling::None
+            }
+            Some("linear") => Scaling::Linear { factor: positive("factor", None)? },
+            Some("llama3") => {
+                let low_freq_factor = positive("low_freq_factor", None)?;
+                let high_freq_factor = positive("high_freq_factor", None)?;
+                if high_freq_factor <= low_freq_factor {
+                    return self.bad(name, "high_freq_factor is not greater than low_freq_factor".into());
+                }
+                let factor = positive("factor", None)?;
+                Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original: original()? }
+            }
+            Some("yarn") => {
+                let original = original()?;
+                let factor = positive("factor", Some(max_positions as f64 / original))?;
+                let scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+                let given = inner.number("attention_factor")?;
+                let attention_factor = match (given, inner.number("mscale")?, inner.number("mscale_all_dim")?) {
+                    (Some(given), ..) => given,
+                    (None, Some(mscale), Some(all)) if mscale != 0.0 && all != 0.0 => scale(mscale) / scale(all),
+                    _ => scale(1.0),
+                };
+                let beta_fast = positive("beta_fast", Some(32.0))?;
+                let beta_slow = positive("beta_slow", Some(1.0))?;
+                if beta_fast < beta_slow {
+                    return self.bad(name, "beta_fast is less than beta_slow".into());
+                }
+                let truncate = inner.bool("truncate")?.unwrap_or(true);
+                Scaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate }
+            }
+            Some(kind) => {
+                let known = "default, linear, dynamic, llama3 and yarn";
+                return self.bad(name, format!("RoPE of type {kind:?} is not supported: {known} are"));
+            }
+        };
+        Ok(Rope { theta, scaling })
+    }
+
+    /// Of each layer. Qwen's are on by `use_sliding_window`, from layer `max_window_layers` on unless `layer_types` says which;
+    /// Mistral's unless `sliding_window` is null.
+    fn windows(&self, architecture: Architecture, layers: usize) -> Result<Vec<Option<u32>>> {
+        let qwen = matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3);
+        let on = match architecture {
+            Architecture::Llama => false,
+            Architecture::Mistral => self.object.get("sliding_window") != Some(&Value::Null),
+            _ => self.bool("use_sliding_window")?.unwrap_or(false),
+        };
+        let window = match on {
+            false => None,
+            true if self.has("sliding_window") => Some(self.size("sliding_window")? as u32),
+            // The default of all three; null turns the windows of Qwen off, too.
+            true => (!self.object.contains_key("sliding_window")).then_some(4096),
+        };
+        if qwen && self.has("layer_types") {
+            let Some(Value::Array(types)) = self.get("layer_types") else {
+                return self.bad("layer_types", "not a list".into());
+            };
+            if types.len() != layers {
+                return self.bad("layer_types", format!("{} entries for {layers} layers", types.len()));
+            }
+            let of = |kind: &Value| match kind.as_str() {
+                Some("full_attention") => Ok(None),
+                Some("sliding_attention") if window.is_some() => Ok(window),
+                Some("sliding_attention") => {
+                    self.bad("layer_types", "sliding_attention without a sliding_window".into())
+                }
+                _ => self
+                    .bad("layer_types", format!("{kind} is not supported: full_attention and sliding_attention are")),
+            };
+            return types.iter().map(of).collect();
         }
+        let first = match qwen {
+            true if self.get("max_window_layers").and_then(Value::as_u64) == Some(0) => 0,
+            true if self.has("max_window_layers") => self.size("max_window_layers")?,
+            true => 28,
+            false => 0,
+        };
+        Ok((0..layers).map(|layer| window.filter(|_| layer >= first)).collect())
+    }
+}
+
+/// The longest context: YaRN's factor is often given without having been multiplied into `max_position_embeddings`.
+fn positions(max_position_embeddings: usize, rope: &Rope) -> usize {
+    match rope.scaling {
+        Scaling::Yarn { factor, original, .. } => {
+            max_position_embeddings.max((factor * original).min(MAX_SIZE as f64) as usize)
+        }
+        _ => max_position_embeddings,
     }
 }

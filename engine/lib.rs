@@ -22,6 +22,7 @@ pub mod kernels;
 pub mod kv_cache;
 pub mod model;
 pub mod ops;
+pub mod rope;
 pub mod sampling;
 pub mod scheduler;
 pub mod scoring;

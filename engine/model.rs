@@ -2,7 +2,7 @@
 //! over many rows, decode by products that stream the weights once. Differences between models are data.
 //! Must not know requests, nor when a step runs.
 
-use crate::checkpoint::{Checkpoint, Dtype};
+use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::device::{Buffer, Device, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
@@ -10,6 +10,7 @@ use crate::kv_cache::KvCache;
 use crate::ops::{self, Epilogue, Heads, Input, Linear, Norm, Output, Pages, RopeInto, Rows, Tiles, Tokens, Workspace};
 use crate::slots::Slots;
 use crate::{Error, Result};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Gate and up, and the halves of each head of q and k, are interleaved by blocks of so many rows, so that a thread of the
@@ -133,6 +134,7 @@ pub fn weight_bytes(c: &ModelConfig) -> u64 {
     let layer = (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size
         + 2 * c.hidden_size
         + if c.qkv_bias { heads.columns() as usize } else { 0 }
+        + if c.o_bias { c.hidden_size } else { 0 }
         + if c.qk_norm { 2 * heads.dim as usize } else { 0 };
     let tables = if c.tie_word_embeddings { 1 } else { 2 } * c.vocab_size * c.hidden_size;
     2 * (c.num_layers * layer + tables + c.hidden_size) as u64
@@ -182,7 +184,7 @@ impl Model {
         };
         let final_norm = loader.norm("model.norm.weight", h)?;
         let head = Linear::new(device, head_weight, None, c.vocab_size, h)?;
-        let table = cos_sin(positions as usize, c.head_dim, c.rope_theta);
+        let table = c.rope.cos_sin(positions as usize, c.head_dim);
         let cos_sin = device.alloc(table.len() * 4)?;
         device.upload(&cos_sin, 0, bytemuck::cast_slice(&table))?;
         Ok(Model { config: config.clone(), device: device.clone(), embedding, layers, final_norm, head, cos_sin })
@@ -204,13 +206,13 @@ impl Model {
         let tokens = Tokens::Prompt(step.tokens, step.positions);
         let mut launches = vec![self.embed(slots, &step.rows, tokens, a)];
         for (i, layer) in self.layers.iter().enumerate() {
-            let pages = cache.layer(i);
+            let (pages, window) = (cache.layer(i), self.config.windows[i]);
             let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
             launches.extend([
                 ops::rms_norm(&a.residual, &layer.input_norm, None, count, &a.normed),
                 gemm(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
                 ops::rope_append(&a.qkv, qk_norm, &self.rope_into(&step.rows, &pages, a)),
-                ops::attn_prefill(device, &a.q, heads, &step.tiles, &pages, &a.attention, &a.workspace)?,
+                ops::attn_prefill(device, &a.q, heads, window, &step.tiles, &pages, &a.attention, &a.workspace)?,
                 gemm(&a.attention, &layer.o, Epilogue::Residual, &a.residual)?,
                 ops::rms_norm(&a.residual, &layer.post_norm, None, count, &a.normed),
                 gemm(&a.normed, &layer.gate_up, Epilogue::Silu, &a.mlp)?,
@@ -248,7 +250,7 @@ impl Model {
             |input: Input, w: &Linear, output: Output| ops::gemv(&self.device, input, w, n, output, &a.workspace);
         let mut launches = vec![self.embed(slots, rows, Tokens::Slots(&a.workspace), a)];
         for (i, layer) in self.layers.iter().enumerate() {
-            let pages = cache.layer(i);
+            let (pages, window) = (cache.layer(i), self.config.windows[i]);
             let into = self.rope_into(rows, &pages, a);
             let normed = Input::Normed(&a.residual, &layer.input_norm);
             match &layer.qk_norm {
@@ -259,7 +261,7 @@ impl Model {
                 ]),
             }
             launches.extend([
-                ops::attn_decode(&a.q, heads, rows, keys, &pages, &a.attention, Some(&layer.o), &a.workspace),
+                ops::attn_decode(&a.q, heads, window, rows, keys, &pages, &a.attention, Some(&layer.o), &a.workspace),
                 gemv(Input::Plain(&a.attention), &layer.o, Output::Residual(&a.residual))?,
                 gemv(Input::Normed(&a.residual, &layer.post_norm), &layer.gate_up, Output::Silu(&a.mlp))?,
                 gemv(Input::Plain(&a.mlp), &layer.down, Output::Residual(&a.residual))?,
@@ -297,14 +299,6 @@ fn check_shape(c: &ModelConfig) -> Result<()> {
         return Err(Error::Device(format!("{} query heads per KV head: the kernels take 16 at most", heads.group())));
     }
     Ok(())
-}
-
-/// [positions][head_dim / 2][cos, sin] (arXiv 2104.09864), the angles rounded to fp32 as the reference implementation's are.
-fn cos_sin(positions: usize, head_dim: usize, theta: f64) -> Vec<f32> {
-    let frequency: Vec<f32> =
-        (0..head_dim / 2).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
-    let angles = (0..positions).flat_map(|p| frequency.iter().map(move |f| p as f32 * f));
-    angles.flat_map(|angle| [angle.cos(), angle.sin()]).collect()
 }
 
 /// A tensor [rows][..], perhaps of heads of so many rows whose halves are to be interleaved.
@@ -354,12 +348,16 @@ impl Loader<'_> {
             false => None,
         };
         let o = self.matrix(&name("self_attn.o_proj.weight"), h, q)?;
+        let o_bias = match c.o_bias {
+            true => Some(self.stacked(&[Part { name: name("self_attn.o_proj.bias"), rows: h, head: None }], &[])?),
+            false => None,
+        };
         let gate_up = self.interleaved(&name("mlp.gate_proj.weight"), &name("mlp.up_proj.weight"), inner, h)?;
         let down = self.matrix(&name("mlp.down_proj.weight"), h, inner)?;
         let linear = |weight, bias, n, k| Linear::new(self.device, Arc::new(weight), bias, n, k);
         Ok(Layer {
             qkv: linear(qkv_weight, qkv_bias, q + 2 * kv, h)?,
-            o: linear(o, None, h, q)?,
+            o: linear(o, o_bias, h, q)?,
             gate_up: linear(gate_up, None, 2 * inner, h)?,
             down: linear(down, None, h, inner)?,
             qk_norm,
@@ -393,11 +391,12 @@ impl Loader<'_> {
         let buffer = self.device.alloc(bytes)?;
         let mut at = 0;
         for part in parts {
-            let tensor = checkpoint.tensor(&part.name, Dtype::Bf16, &[&[part.rows], rest].concat())?;
+            let tensor = checkpoint.weights(&part.name, &[&[part.rows], rest].concat())?;
             let unit = part.head.unwrap_or(1) * row;
-            for piece in tensor.bytes.chunks(unit * (PIECE / unit).max(1)) {
+            for piece in pieces(part.rows * row / 2, unit) {
+                let piece = tensor.bf16(piece);
                 match part.head {
-                    None => self.device.upload(&buffer, at, piece)?,
+                    None => self.device.upload(&buffer, at, &piece)?,
                     Some(dim) => {
                         let halves = piece.chunks(unit).map(|head| head.split_at(dim / 2 * row));
                         let staged: Vec<u8> =
@@ -415,14 +414,14 @@ impl Loader<'_> {
     /// Two matrices [rows][k]: eight rows of the first, then eight of the second.
     fn interleaved(&mut self, first: &str, second: &str, rows: usize, k: usize) -> Result<Buffer> {
         let Weights::Checkpoint(checkpoint) = self.weights else { return self.dummy(2 * rows * k * 2) };
-        let first = checkpoint.tensor(first, Dtype::Bf16, &[rows, k])?;
-        let second = checkpoint.tensor(second, Dtype::Bf16, &[rows, k])?;
+        let first = checkpoint.weights(first, &[rows, k])?;
+        let second = checkpoint.weights(second, &[rows, k])?;
         let buffer = self.device.alloc(2 * rows * k * 2)?;
         let block = INTERLEAVE * k * 2;
-        let piece = block * (PIECE / block).max(1);
         let mut at = 0;
-        for (a, b) in first.bytes.chunks(piece).zip(second.bytes.chunks(piece)) {
-            let staged: Vec<u8> = alternating(a, b, block).copied().collect();
+        for piece in pieces(rows * k, block) {
+            let (a, b) = (first.bf16(piece.clone()), second.bf16(piece));
+            let staged: Vec<u8> = alternating(&a, &b, block).copied().collect();
             self.device.upload(&buffer, at, &staged)?;
             at += staged.len();
             self.advance(staged.len());
@@ -449,3 +448,9 @@ const DUMMY_DEVIATION: f32 = 0.02;
 
 /// Bytes uploaded at a time, so that the progress is seen.
 const PIECE: usize = 16 << 20;
+
+/// Elements in pieces of about that many bytes, each a multiple of `unit` bytes.
+fn pieces(elements: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = unit * (PIECE / unit).max(1) / 2;
+    (0..elements).step_by(step).map(move |at| at..elements.min(at + step))
+}

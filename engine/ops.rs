@@ -38,7 +38,7 @@ pub struct Linear {
 pub enum Epilogue {
     /// Rounds them; adds the matrix's bias, if it has one.
     Plain,
-    /// Adds them to the output.
+    /// Adds them, and the matrix's bias, if it has one, to the output.
     Residual,
     /// silu(gate) * up of neighbouring blocks of 8 columns: half as many columns.
     Silu,
@@ -299,7 +299,7 @@ pub enum Input<'a> {
     Normed(&'a Buffer, &'a Norm),
 }
 
-/// Where the result of a decode product goes. A bias of the matrix is added in the first two.
+/// Where the result of a decode product goes. A bias of the matrix is added but for silu and logits.
 #[derive(Clone, Copy)]
 pub enum Output<'a> {
     /// [rows][n].
@@ -528,11 +528,14 @@ pub struct Tiles<'a> {
     pub keys: u64,
 }
 
-/// Causal attention of chunks of prompts: q, out [rows][query heads][dim].
+/// Causal attention of chunks of prompts: q, out [rows][query heads][dim]. `window`: how many tokens each attends to, itself
+/// included; None: all.
+#[allow(clippy::too_many_arguments)]
 pub fn attn_prefill(
     device: &Device,
     q: &Buffer,
     heads: Heads,
+    window: Option<u32>,
     tiles: &Tiles,
     pages: &Pages,
     out: &Buffer,
@@ -562,14 +565,16 @@ pub fn attn_prefill(
         q_heads: heads.query as i32,
         kv_heads: heads.kv as i32,
         max_pages: pages.max_pages as i32,
+        window: window.unwrap_or(NO_WINDOW) as i32,
         scale: heads.scale(),
         ..Default::default()
     };
+    let pairs = tiles.pairs.min(tiles.rows as u64 * window.unwrap_or(NO_WINDOW) as u64);
     Ok(Launch {
         shared_bytes,
         pdl: true,
         bytes: BF16 * dim * (2 * tiles.rows as u64 * heads.query as u64 + 2 * tiles.keys * heads.kv as u64),
-        flops: 4 * tiles.pairs * heads.query as u64 * dim,
+        flops: 4 * pairs * heads.query as u64 * dim,
         ..kernel.launch([(tiles.count * heads.kv).min(device.processors()), 1, 1], params)
     })
 }
@@ -580,6 +585,7 @@ pub fn attn_prefill(
 pub fn attn_decode(
     q: &Buffer,
     heads: Heads,
+    window: Option<u32>,
     rows: &Rows,
     keys: u64,
     pages: &Pages,
@@ -607,10 +613,12 @@ pub fn attn_decode(
         max_pages: pages.max_pages as i32,
         prefetch: next.map_or(Prefetch::default(), |w| w.prefetch(ATTN_PREFETCH, workspace.blocks)),
         split_pages: workspace.split_pages as i32,
+        window: window.unwrap_or(NO_WINDOW) as i32,
         scale: heads.scale(),
         ..Default::default()
     };
     let dim = heads.dim as u64;
+    let keys = keys.min(rows.count as u64 * window.unwrap_or(NO_WINDOW) as u64);
     Launch {
         shared_bytes,
         pdl: true,

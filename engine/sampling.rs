@@ -120,7 +120,7 @@ impl SamplingRequest {
             temperature,
             top_k: self.top_k.or(defaults.top_k).unwrap_or(0),
             top_p,
-            min_p: number("min_p", self.min_p, 0.0, 0.0..=1.0)?,
+            min_p: number("min_p", self.min_p, defaults.min_p.unwrap_or(0.0), 0.0..=1.0)?,
             repetition_penalty,
             presence_penalty: number("presence_penalty", self.presence_penalty, 0.0, -2.0..=2.0)?,
             frequency_penalty: number("frequency_penalty", self.frequency_penalty, 0.0, -2.0..=2.0)?,

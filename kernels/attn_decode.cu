@@ -61,10 +61,18 @@ DEVICE int pages_of(const AttnDecodeParams& p, int row) {
   return position < 0 ? 0 : position / PAGE_TOKENS + 1;
 }
 
+// With a sliding window, the page with the first token of it; those before are not read.
+DEVICE int first_page_of(const AttnDecodeParams& p, int row) {
+  return max_int(p.row_position[row] - p.window + 1, 0) / PAGE_TOKENS;
+}
+
 DEVICE int pages_per_unit(const AttnDecodeParams& p) { return max_int(p.split_pages, 1); }
 
 // Of each kv head of a row.
-DEVICE int units_of(const AttnDecodeParams& p, int row) { return ceil_div(pages_of(p, row), pages_per_unit(p)); }
+DEVICE int units_of(const AttnDecodeParams& p, int row) {
+  const int pages = pages_of(p, row);
+  return pages == 0 ? 0 : ceil_div(pages - first_page_of(p, row), pages_per_unit(p));
+}
 
 // The units of this block, and how far it has come.
 struct Span {
@@ -123,7 +131,7 @@ DEVICE bool next_segment(const AttnDecodeParams& p, Span& s, Segment& segment) {
   segment.pair_start = s.row_start + segment.kv_head * s.units;
   segment.unit = s.unit;
   segment.count = p.split_pages ? 1 : min_int(segment.pair_start + s.units, s.end) - s.unit;
-  segment.first = (s.unit - segment.pair_start) * pages_per_unit(p);
+  segment.first = first_page_of(p, s.row) + (s.unit - segment.pair_start) * pages_per_unit(p);
   segment.last = min_int(segment.first + segment.count * pages_per_unit(p), pages_of(p, s.row));
   s.unit += segment.count;
   return true;
@@ -253,22 +261,26 @@ DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, co
   UNROLL for (int j = 0; j < kHeadDim / 8; j++) UNROLL for (int i = 0; i < 4; i++) a.out[j][i] = 0.f;
 
   for (int page = segment.first; page < segment.last; page++) {
-    const int valid = length - page * PAGE_TOKENS - warp_id() * kSliceTokens;  // tokens of the warp's slice, if not all
+    // Tokens of the warp's slice, if not all of it; and those of them that lie before the window.
+    const int valid = length - page * PAGE_TOKENS - warp_id() * kSliceTokens, hidden = valid - p.window;
+    const bool live = valid > 0 && hidden < kSliceTokens;
     float s[2][4];
     uint32_t probabilities[4];
 
     mbarrier_wait(&shared.full[ring.stage], ring.parity);
-    if (valid > 0) scores<kHeadDim>(shared.ring[ring.stage], q, s);
+    if (live) scores<kHeadDim>(shared.ring[ring.stage], q, s);
     release(&shared.empty[ring.stage]);
     advance(ring);
 
-    if (valid < kSliceTokens)
-      UNROLL for (int j = 0; j < 2; j++)
-          UNROLL for (int i = 0; i < 4; i++) if (8 * j + 2 * (lane_id() % 4) + i % 2 >= valid) s[j][i] = -INFINITY;
-    if (valid > 0) softmax(s, scale_log2, a, probabilities);
+    if (valid < kSliceTokens || hidden > 0)
+      UNROLL for (int j = 0; j < 2; j++) UNROLL for (int i = 0; i < 4; i++) {
+        const int token = 8 * j + 2 * (lane_id() % 4) + i % 2;
+        if (token >= valid || token < hidden) s[j][i] = -INFINITY;
+      }
+    if (live) softmax(s, scale_log2, a, probabilities);
 
     mbarrier_wait(&shared.full[ring.stage], ring.parity);
-    if (valid > 0) accumulate(shared.ring[ring.stage], probabilities, a);
+    if (live) accumulate(shared.ring[ring.stage], probabilities, a);
     release(&shared.empty[ring.stage]);
     advance(ring);
   }

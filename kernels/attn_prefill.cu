@@ -32,7 +32,8 @@
 // and back again (snake order), and 1.03, 1.01 and 1.00 when drawn. A ragged batch of five (40 over 8 heads) takes 1.60,
 // 1.45 and 1.15.
 //
-// Masking: only tiles that reach beyond the warpgroup's first query are masked. The keys behind a sequence's end are
+// Masking: only tiles that reach beyond the warpgroup's first query are masked, and with a sliding window those that
+// begin before its last query's; tiles before every query's window are not read. The keys behind a sequence's end are
 // masked by causality; the values there must be finite (P is 0): pools are zeroed at the start and only ever hold what
 // rope_append wrote. Rows of Q behind the tile's tokens compute something that nobody stores.
 //
@@ -83,6 +84,11 @@ static_assert(PrefillShared<128>::kRows == ATTN_PREFILL_ROWS_D128, "");
 
 DEVICE int newest_position(const PrefillTile& tile) { return tile.position + tile.tokens - 1; }
 
+// Of the tiles of keys that any query of `tile` attends to.
+DEVICE int oldest_tile(const AttnPrefillParams& p, const PrefillTile& tile) {
+  return max_int(tile.position - p.window + 1, 0) / kTileTokens;
+}
+
 // ---- the producer ----
 
 template <int kHeadDim>
@@ -108,14 +114,14 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
     const WorkItem item = {p.tiles[next / p.kv_heads], next % p.kv_heads};
     const int* table = p.block_table + (size_t)item.tile.slot * p.max_pages;
     const int last_page = newest_position(item.tile) / PAGE_TOKENS;
-    const int newest = newest_position(item.tile) / kTileTokens;
+    const int newest = newest_position(item.tile) / kTileTokens, oldest = oldest_tile(p, item.tile);
 
     // V lags one tile behind K. The second page of the newest tile may not exist: the first again, all of it masked.
     int v_page0 = 0, v_page1 = 0;
-    for (int n = newest; n >= -1; n--) {
-      const int page0 = n < 0 ? 0 : table[2 * n];
-      const int page1 = n < 0 ? 0 : table[min_int(2 * n + 1, last_page)];
-      if (n >= 0) {
+    for (int n = newest; n >= oldest - 1; n--) {
+      const int page0 = n < oldest ? 0 : table[2 * n];
+      const int page1 = n < oldest ? 0 : table[min_int(2 * n + 1, last_page)];
+      if (n >= oldest) {
         mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
         load_kv<kHeadDim>(shared.k[k_ring.stage], &p.k_map, &shared.k_full[k_ring.stage], item.kv_head, page0, page1);
         advance(k_ring);
@@ -136,7 +142,7 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
       }
       v_page0 = page0, v_page1 = page1;
       // Late enough to go to a block that is nearly free, early enough to have come when this item's loads are issued.
-      if (n == min_int(newest, 1)) next = grid_x() + (int)atomic_increment(p.ticket, items - 1);
+      if (n == min_int(newest, oldest + 1)) next = grid_x() + (int)atomic_increment(p.ticket, items - 1);
     }
   }
   mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
@@ -198,6 +204,14 @@ DEVICE void mask(float (&s)[kTileTokens / 2], const RowState& row, int first_tok
   }
 }
 
+DEVICE void mask_before_window(float (&s)[kTileTokens / 2], const RowState& row, int first_token, int window) {
+  const int first = first_token + 2 * (lane_id() % 4);
+  UNROLL for (int i = 0; i < 4; i++) {
+    const int hidden = row.position[i / 2] - window - first - i % 2;
+    UNROLL for (int j = 0; j < kTileTokens / 8; j++) if (8 * j <= hidden) s[4 * j + i] = -INFINITY;
+  }
+}
+
 // The accumulator of S, packed by pairs, is the A fragment of P V.
 DEVICE void pack(const float (&s)[kTileTokens / 2], uint32_t (&probabilities)[kTileTokens / 16][4]) {
   UNROLL for (int k = 0; k < kTileTokens / 16; k++) UNROLL for (int i = 0; i < 4; i++) probabilities[k][i] =
@@ -245,6 +259,7 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
   const int first_row = (warp_id() - kWarpgroupWarps) * 16;
   const int token[2] = {(first_row + lane_id() / 4) / group, (first_row + lane_id() / 4 + 8) / group};
   const int first_token = consumer * kConsumerRows / group;
+  const int last_token = (consumer * kConsumerRows + kConsumerRows - 1) / group;
   const float scale_log2 = p.scale * kLog2e;
   const uint64_t q0 = wgmma_descriptor(shared.q[0] + consumer * kConsumerRows * kRowBytes, 16, 1024, kSwizzle128);
   const uint64_t k0 = wgmma_descriptor(shared.k[0], 16, 1024, kSwizzle128);
@@ -258,8 +273,9 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
     mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
     const WorkItem item = shared.item[q_ring.stage];
     if (item.tile.tokens == 0) break;
-    const int newest = newest_position(item.tile) / kTileTokens;
+    const int newest = newest_position(item.tile) / kTileTokens, oldest = oldest_tile(p, item.tile);
     const int first_query = item.tile.position + first_token;
+    const int last_hidden = item.tile.position + last_token - p.window;
     const uint64_t q = q0 + q_ring.stage * (sizeof(shared.q[0]) / 16);
     RowState row;
     UNROLL for (int i = 0; i < 2; i++) {
@@ -280,10 +296,11 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
     release(&shared.k_empty[k_ring.stage]);
     advance(k_ring);
     mask(s, row, newest * kTileTokens);
+    if (newest * kTileTokens <= last_hidden) mask_before_window(s, row, newest * kTileTokens, p.window);
     softmax(s, row, scale_log2, rescale);
     pack(s, probabilities);
 
-    for (int n = newest - 1; n >= 0; n--) {
+    for (int n = newest - 1; n >= oldest; n--) {
       mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
       named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup);
       wgmma_fence();
@@ -298,6 +315,7 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
       release(&shared.k_empty[k_ring.stage]);
       advance(k_ring);
       if ((n + 1) * kTileTokens - 1 > first_query) mask(s, row, n * kTileTokens);
+      if (n * kTileTokens <= last_hidden) mask_before_window(s, row, n * kTileTokens, p.window);
       softmax(s, row, scale_log2, rescale);
       compute_before_wait(row.sum[0] + row.sum[1], &shared.q_empty[0]);
       wgmma_wait<0>();

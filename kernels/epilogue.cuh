@@ -7,7 +7,7 @@
 enum Epilogue {
   kPlain,     // bf16(acc)
   kBias,      // bf16(acc + bias): the bias is added before the product is rounded
-  kResidual,  // bf16(bf16(acc) + residual)
+  kResidual,  // bf16(bf16(acc + bias, if there is one) + residual)
   kSilu,      // bf16(silu(gate) * up)
   kRope,      // bf16(rotated bf16(acc + bias)), to q and to the KV pages
   kLogits,    // acc, fp32

@@ -128,7 +128,7 @@ DEVICE int in_panel(int row, int chunk) {
 template <Epilogue kEpilogue>
 DEVICE void finish(const GemmParams& p, const float* v, int column, const uint32_t (&residual)[2], uint32_t* packed) {
   float x[4] = {v[0], v[1], v[2], v[3]};
-  if (kEpilogue == kBias) {
+  if (kEpilogue == kBias || (kEpilogue == kResidual && p.bias)) {
     const uint32_t bias = *(const uint32_t*)(p.bias + column);
     UNROLL for (int i = 0; i < 4; i++) x[i] += i % 2 ? bf16_high(bias) : bf16_low(bias);
   }

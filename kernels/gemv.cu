@@ -162,20 +162,19 @@ DEVICE bool merge(const GemvParams& p, const Deal& d, uint32_t tile, uint32_t* t
 
 // ---- the result ----
 
+DEVICE float bias(const GemvParams& p, int column) { return p.bias ? bf16_to_float(p.bias[column]) : 0.f; }
+
 // A thread has the sums of rows `column` and `column` + 8 of w, which lie in one block of 16.
 DEVICE void store_pair(const GemvParams& p, uint16_t* c, int column, const float (&x)[2]) {
   if (column >= p.n) return;
-  UNROLL for (int half = 0; half < 2; half++) {
-    const int i = column + 8 * half;
-    c[i] = float_to_bf16(x[half] + (p.bias ? bf16_to_float(p.bias[i]) : 0.f));
-  }
+  UNROLL for (int half = 0; half < 2; half++) c[column + 8 * half] =
+      float_to_bf16(x[half] + bias(p, column + 8 * half));
 }
 
 DEVICE void store_rotated(const GemvParams& p, int token, int column, const float (&x)[2]) {
   if (column >= p.n) return;
   float v[2];
-  UNROLL for (int half = 0; half < 2; half++) v[half] =
-      round_bf16(x[half] + (p.bias ? bf16_to_float(p.bias[column + 8 * half]) : 0.f));
+  UNROLL for (int half = 0; half < 2; half++) v[half] = round_bf16(x[half] + bias(p, column + 8 * half));
   const RopeTarget to = rope_target(p.rope, token, column / p.rope.head_dim);
   if (!to.out) return;
   const RopePair at = rope_pair(to, p.rope.head_dim, column % p.rope.head_dim);
@@ -191,7 +190,7 @@ DEVICE float add_pair(const GemvParams& p, uint16_t* c, int column, const float 
   float squares = 0.f;
   UNROLL for (int half = 0; half < 2; half++) {
     uint16_t* at = c + column + 8 * half;
-    const float sum = round_bf16(round_bf16(x[half]) + bf16_to_float(*at));
+    const float sum = round_bf16(round_bf16(x[half] + bias(p, column + 8 * half)) + bf16_to_float(*at));
     *at = float_to_bf16(sum);
     squares += sum * sum;
   }

@@ -49,6 +49,8 @@ enum {
   // (query token, head of the group) pairs in a tile of attn_prefill.
   ATTN_PREFILL_ROWS_D64 = 192,
   ATTN_PREFILL_ROWS_D128 = 128,
+
+  NO_WINDOW = 1 << 30,  // more than any context
 };
 
 // A tensor map for TMA: on CUDA what cuTensorMapEncodeTiled fills, on the host target the fields of SimtTensorMap.
@@ -260,7 +262,7 @@ typedef struct __attribute__((aligned(64))) GemmParams {
   TensorMap w_map;         // w [n][k], box 64 (k) x tile_n / 2 rows, swizzle 128
   TensorMap c_map;         // c [rows][n] (n / 2 for silu), box panel x 64 rows, swizzled
   TensorMap residual_map;  // the same of the residual [rows][n] (residual), which may be c itself
-  const uint16_t* bias;    // [n] (bias)
+  const uint16_t* bias;    // [n] (bias), or null (residual)
   int32_t rows, n, k;
 } GemmParams;
 
@@ -274,7 +276,7 @@ typedef struct __attribute__((aligned(64))) GemvParams {
   TensorMap x_map;       // x [rows][k], box 64 (k) x tokens rows, swizzle 128
   const uint16_t* norm;  // [k] (norm)
   const float* squares;  // [rows][k / 64] (norm): sums of squares of 64 neighbours in x
-  const uint16_t* bias;  // [n] or null (none, rope)
+  const uint16_t* bias;  // [n] or null (none, rope, residual)
   uint16_t* c;           // [rows][n], or [rows][n / 2] for silu
   float* squares_out;    // [rows][n / 64] (residual): the same of the new c
   float* logits;         // [rows][n] (logits)
@@ -303,7 +305,8 @@ typedef struct __attribute__((aligned(64))) AttnPrefillParams {
   uint32_t* ticket;            // [1] zero between launches
   uint16_t* out;               // [rows][q_heads][head_dim]
   int32_t q_heads, kv_heads, max_pages;
-  float scale;  // 1 / sqrt(head_dim)
+  int32_t window;  // how many tokens a token attends to, itself included, or NO_WINDOW
+  float scale;     // 1 / sqrt(head_dim)
 } AttnPrefillParams;
 
 // The weights of a product that comes later, for a kernel that leaves the memory idle to read into L2: each of its blocks
@@ -329,6 +332,7 @@ typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   Prefetch prefetch;
   int32_t rows, q_heads, kv_heads, max_pages;
   int32_t split_pages;  // 0: pairs are cut where the blocks' shares end; else after so many pages, always
+  int32_t window;       // as above
   float scale;
 } AttnDecodeParams;
 

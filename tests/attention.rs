@@ -7,7 +7,7 @@ use half::bf16;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::params::{
     ATTN_DECODE_SHARED_D64, ATTN_DECODE_SHARED_D128, ATTN_PREFILL_SHARED_D64, ATTN_PREFILL_SHARED_D128,
-    AttnDecodeParams, AttnPrefillParams, PAGE_TOKENS, Prefetch, ROPE_THREADS, Rope, RopeParams, TensorMap,
+    AttnDecodeParams, AttnPrefillParams, NO_WINDOW, PAGE_TOKENS, Prefetch, ROPE_THREADS, Rope, RopeParams, TensorMap,
 };
 use ponder::kernels::{
     ATTN_DECODE_D64, ATTN_DECODE_D128, ATTN_PREFILL_D64, ATTN_PREFILL_D128, ROPE_APPEND_D64, ROPE_APPEND_D128,
@@ -47,6 +47,8 @@ impl Heads {
 /// A paged cache of slots 0.. with pages in random order. Slot 0 is the reserved one.
 struct Cache {
     heads: Heads,
+    /// How many tokens a token attends to.
+    window: usize,
     max_pages: usize,
     table: Vec<i32>,
     k: Vec<bf16>,
@@ -63,6 +65,7 @@ impl Cache {
         let tokens = pages * heads.kv * PAGE;
         let mut cache = Cache {
             heads,
+            window: NO_WINDOW as usize,
             max_pages,
             table: vec![0; (1 + lengths.len()) * max_pages],
             k: vec![bf16::NAN; tokens * heads.head_dim],
@@ -103,7 +106,23 @@ impl Cache {
         device.tensor_map(&spec).unwrap()
     }
 
-    /// Attention of one query head over positions 0 to `position`: output, and the same sum over |v|, which bounds what
+    /// The same with a sliding window, and what lies before the windows of all of these rows spoilt.
+    fn with_window(mut self, window: usize, rows: &[(usize, i32)]) -> Cache {
+        self.window = window;
+        let slots = self.table.len() / self.max_pages;
+        for slot in 1..slots {
+            let positions = rows.iter().filter(|r| r.0 == slot && r.1 >= 0).map(|r| r.1 as usize);
+            let first = positions.min().map_or(0, |oldest| (oldest + 1).saturating_sub(window));
+            for (position, head) in (0..first).flat_map(|p| (0..self.heads.kv).map(move |h| (p, h))) {
+                let at = self.at(slot, position, head);
+                self.k[at..at + self.heads.head_dim].fill(bf16::NAN);
+                self.v[at..at + self.heads.head_dim].fill(bf16::from_f32(-1e4));
+            }
+        }
+        self
+    }
+
+    /// Attention of one query head over the window that ends at `position`: output, and the same sum over |v|, which bounds what
     /// rounding may do.
     fn truth(&self, q: &[bf16], slot: usize, position: usize, kv_head: usize) -> (Vec<f64>, Vec<f64>) {
         let d = self.heads.head_dim;
@@ -112,13 +131,14 @@ impl Cache {
             pool[at..at + d].iter().map(|x| x.to_f64()).collect()
         };
         let q: Vec<f64> = q.iter().map(|x| x.to_f64()).collect();
-        let scores: Vec<f64> = (0..=position)
+        let first = (position + 1).saturating_sub(self.window);
+        let scores: Vec<f64> = (first..=position)
             .map(|p| row(&self.k, p).iter().zip(&q).map(|(k, q)| k * q).sum::<f64>() / (d as f64).sqrt())
             .collect();
         let max = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
         let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
         let (mut out, mut bound) = (vec![0.0; d], vec![0.0; d]);
-        for (p, s) in scores.iter().enumerate() {
+        for (p, s) in (first..).zip(&scores) {
             let weight = (s - max).exp() / sum;
             for (i, v) in row(&self.v, p).iter().enumerate() {
                 out[i] += weight * v;
@@ -195,6 +215,7 @@ impl Cache {
             kv_heads: heads.kv as i32,
             max_pages: self.max_pages as i32,
             split_pages: split_pages as i32,
+            window: self.window as i32,
             scale: heads.scale(),
             ..Default::default()
         };
@@ -244,6 +265,7 @@ impl Cache {
             q_heads: heads.q() as i32,
             kv_heads: heads.kv as i32,
             max_pages: self.max_pages as i32,
+            window: self.window as i32,
             scale: heads.scale(),
             ..Default::default()
         };
@@ -274,15 +296,19 @@ fn on_every_device(run: impl Fn(&Device) -> Vec<bf16>, check: impl Fn(&[bf16])) 
 }
 
 fn check_decode(head_dim: usize, kv: usize, group: usize, positions: &[i32], grid: u32) {
+    check_decode_in_window(NO_WINDOW as usize, head_dim, kv, group, positions, grid);
+}
+
+fn check_decode_in_window(window: usize, head_dim: usize, kv: usize, group: usize, positions: &[i32], grid: u32) {
     let heads = Heads { head_dim, kv, group };
     let mut random = Random(group as u64 + 31 * grid as u64);
     let lengths: Vec<usize> = positions.iter().map(|&p| (p + 1) as usize).collect();
-    let cache = Cache::new(heads, &lengths, &mut random);
     let rows: Vec<(usize, i32)> =
         positions.iter().enumerate().map(|(i, &p)| (if p < 0 { 0 } else { i + 1 }, p)).collect();
+    let cache = Cache::new(heads, &lengths, &mut random).with_window(window, &rows);
     let q = values(&mut random, rows.len() * heads.q() * head_dim, 1.0);
     for split_pages in [0, 1, 2] {
-        let what = format!("decode {heads:?}, grid {grid}, pieces of {split_pages} pages");
+        let what = format!("decode {heads:?}, window {window}, grid {grid}, pieces of {split_pages} pages");
         let run = |device: &Device| cache.decode(device, &q, &rows, grid, split_pages);
         on_every_device(run, |out| cache.check(&q, &rows, out, &what));
     }
@@ -315,6 +341,15 @@ fn decode_of_sixty_four_rows() {
     let positions: Vec<i32> = (0..64).map(|row| if row % 9 == 4 { -1 } else { row * 37 % 331 }).collect();
     check_decode(64, 1, 3, &positions, 13);
     check_decode(128, 2, 1, &positions[..33], 5);
+}
+
+/// Windows that begin at, before and behind the edges of pages and of the warps' slices, shorter and longer than the sequence.
+#[test]
+fn decode_in_a_sliding_window() {
+    for window in [1, 64, 100, 300] {
+        check_decode_in_window(window, 64, 2, 2, &[0, 63, -1, 99, 128, 300], 4);
+        check_decode_in_window(window, 128, 1, 5, &[178, 16], 7);
+    }
 }
 
 /// Cut at fixed pages, a row is attended to in the same way alone and among others, on any grid.
@@ -350,13 +385,24 @@ fn decode_of_long_contexts() {
 }
 
 fn check_prefill(head_dim: usize, kv: usize, group: usize, chunks: &[(usize, usize)], grid: u32) {
+    check_prefill_in_window(NO_WINDOW as usize, head_dim, kv, group, chunks, grid);
+}
+
+fn check_prefill_in_window(
+    window: usize,
+    head_dim: usize,
+    kv: usize,
+    group: usize,
+    chunks: &[(usize, usize)],
+    grid: u32,
+) {
     let heads = Heads { head_dim, kv, group };
     let mut random = Random(group as u64 + 77 * grid as u64);
     let lengths: Vec<usize> = chunks.iter().map(|&(position, tokens)| position + tokens).collect();
-    let cache = Cache::new(heads, &lengths, &mut random);
     let (chunks, rows) = lay_out(chunks.iter().enumerate().map(|(i, &(position, tokens))| (i + 1, position, tokens)));
+    let cache = Cache::new(heads, &lengths, &mut random).with_window(window, &rows);
     let q = values(&mut random, rows.len() * heads.q() * head_dim, 1.0);
-    let what = format!("prefill {heads:?}, grid {grid}, {chunks:?}");
+    let what = format!("prefill {heads:?}, window {window}, grid {grid}, {chunks:?}");
     on_every_device(|device| cache.prefill(device, &q, &chunks, grid), |out| cache.check(&q, &rows, out, &what));
 }
 
@@ -415,6 +461,15 @@ fn prefill_over_long_contexts() {
     check_prefill(128, 1, 5, &[(4983, 17)], 1);
 }
 
+#[test]
+fn prefill_in_a_sliding_window() {
+    for window in [1, 64, 100, 200] {
+        check_prefill_in_window(window, 64, 1, 2, &[(0, 200), (130, 70), (400, 3)], 3);
+        check_prefill_in_window(window, 64, 1, 1, &[(60, 250)], 2);
+        check_prefill_in_window(window, 128, 1, 4, &[(300, 65), (127, 2)], 2);
+    }
+}
+
 /// Both round the probabilities to bf16, relative to different maxima: they differ by no more than each from the truth.
 #[test]
 fn prefill_equals_decode_one_by_one() {
@@ -451,16 +506,19 @@ fn prefill_equals_decode_one_by_one() {
 fn prefill_has_the_same_bits_however_it_is_cut() {
     let heads = Heads { head_dim: 128, kv: 1, group: 3 };
     let mut random = Random(6);
-    let cache = Cache::new(heads, &[300], &mut random);
+    let mut cache = Cache::new(heads, &[300], &mut random);
     let q = values(&mut random, 300 * heads.q() * 128, 1.0);
     let device = devices().remove(0);
-    let run = |cuts: &[usize]| {
-        let (chunks, _) = lay_out(cuts.windows(2).map(|c| (1, c[0], c[1] - c[0])));
-        bits(&cache.prefill(&device, &q, &chunks, 3))
-    };
-    let whole = run(&[0, 300]);
-    assert!(whole == run(&[0, 64, 129, 300]));
-    assert!(whole == run(&[0, 1, 2, 299, 300]));
+    for window in [NO_WINDOW as usize, 90] {
+        cache.window = window;
+        let run = |cuts: &[usize]| {
+            let (chunks, _) = lay_out(cuts.windows(2).map(|c| (1, c[0], c[1] - c[0])));
+            bits(&cache.prefill(&device, &q, &chunks, 3))
+        };
+        let whole = run(&[0, 300]);
+        assert!(whole == run(&[0, 64, 129, 300]));
+        assert!(whole == run(&[0, 1, 2, 299, 300]));
+    }
 }
 
 fn check_rope(heads: Heads, norm: bool) {

@@ -22,7 +22,7 @@ const LOGIC: &[&str] = &[
 const COMPUTE: &[&str] =
     &["device", "executor", "kernels", "kv_cache", "model", "ops", "scoring", "simulator", "slots", "tiles", "tiling"];
 /// What both may use, and which uses neither: one step's work, and what the model folder says.
-const SHARED: &[&str] = &["batch", "checkpoint", "config", "error"];
+const SHARED: &[&str] = &["batch", "checkpoint", "config", "error", "rope"];
 /// What may use both.
 const MEETING: &[&str] =
     &["bench", "commands", "engine", "lib", "main", "server", "service", "stepper", "study", "telemetry"];

@@ -5,6 +5,7 @@ use crate::random::Random;
 use ponder::chat::{ChatTemplate, Message};
 use ponder::checkpoint::{Checkpoint, Dtype, parse_header, parse_index};
 use ponder::config::{Architecture, ModelConfig};
+use ponder::rope::{Rope, Scaling};
 use ponder::thinking::{Delimiters, ThinkingChoice};
 use ponder::tokenizer::{Detokenizer, Tokenizer};
 use serde_json::{Value, json};
@@ -65,25 +66,92 @@ fn the_tiny_model_has_its_shape() {
     assert_eq!(c.architecture, Architecture::Qwen2);
     assert_eq!((c.hidden_size, c.intermediate_size, c.num_layers), (256, 704, 4));
     assert_eq!((c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size), (4, 2, 64, 512));
-    assert_eq!((c.rope_theta, c.max_position_embeddings), (10000.0, 4096));
+    assert_eq!((c.rope.theta, c.max_position_embeddings), (10000.0, 4096));
     assert!(c.tie_word_embeddings && c.qkv_bias && !c.qk_norm);
     assert_eq!(c.eos_token_ids, [2, 0]);
 }
 
 #[test]
-fn both_spellings_of_rope_theta() {
+fn both_spellings_of_rope() {
     let mut config = config_json();
     config["rope_parameters"] = Value::Null;
+    let rope = |config: &Value| parse_config(config).unwrap().rope;
+    let plain = |theta| Rope { theta, scaling: Scaling::None };
+    assert_eq!(rope(&config), plain(1e4), "the reference implementation's default");
     config["rope_theta"] = json!(1e6);
-    assert_eq!(parse_config(&config).unwrap().rope_theta, 1e6);
+    assert_eq!(rope(&config), plain(1e6));
     config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
-    assert_eq!(parse_config(&config).unwrap().rope_theta, 5e5);
+    assert_eq!(rope(&config), plain(5e5));
+    let yarn = Rope {
+        theta: 1e6,
+        scaling: Scaling::Yarn {
+            factor: 4.0,
+            original: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 0.1 * 4f64.ln() + 1.0,
+            truncate: true,
+        },
+    };
+    config["rope_scaling"] = json!({"type": "yarn", "factor": 4});
+    assert_eq!(rope(&config), yarn);
+    assert_eq!(parse_config(&config).unwrap().max_position_embeddings, 16384);
+    config["rope_scaling"] = Value::Null;
+    config["rope_parameters"] = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6});
+    assert_eq!(rope(&config), yarn);
+    config["rope_parameters"] = json!({"rope_type": "dynamic", "factor": 4.0});
+    assert_eq!(rope(&config), plain(1e6));
+    assert_eq!(parse_config(&config).unwrap().max_position_embeddings, 4096, "beyond, it would depend on the calls");
+}
+
+#[test]
+fn families_differ_in_biases_norms_and_windows() {
+    let mut plain = config_json();
+    plain.as_object_mut().unwrap().retain(|field, _| field != "layer_types" && field != "sliding_window");
+    let of = |class: &str, changes: &[(&str, Value)]| {
+        let mut config = plain.clone();
+        config["architectures"] = json!([class]);
+        changes.iter().for_each(|(field, value)| config[field] = value.clone());
+        let c = parse_config(&config).unwrap();
+        (c.qkv_bias, c.o_bias, c.qk_norm, c.windows)
+    };
+    let none = vec![None; 4];
+    let on = ("use_sliding_window", json!(true));
+    assert_eq!(of("Qwen2ForCausalLM", &[]), (true, false, false, none.clone()));
+    assert_eq!(of("Qwen3ForCausalLM", &[]), (false, false, true, none.clone()));
+    assert_eq!(of("Qwen3ForCausalLM", &[("attention_bias", json!(true))]), (true, true, true, none.clone()));
+    assert_eq!(of("LlamaForCausalLM", &[("attention_bias", json!(true))]), (true, true, false, none.clone()));
+    assert_eq!(of("LlamaForCausalLM", &[("sliding_window", json!(7))]), (false, false, false, none.clone()));
+    assert_eq!(of("MistralForCausalLM", &[("sliding_window", Value::Null)]), (false, false, false, none.clone()));
+    assert_eq!(of("MistralForCausalLM", &[("sliding_window", json!(7))]).3, [Some(7); 4]);
+    let layers = ("max_window_layers", json!(3));
+    assert_eq!(of("Qwen2ForCausalLM", &[("sliding_window", json!(9)), layers.clone()]).3, none);
+    let window = [on.clone(), ("sliding_window", json!(9)), layers];
+    assert_eq!(of("Qwen2ForCausalLM", &window).3, [None, None, None, Some(9)]);
+    let types = json!(["full_attention", "sliding_attention", "full_attention", "full_attention"]);
+    let window = [on, ("sliding_window", json!(9)), ("layer_types", types)];
+    assert_eq!(of("Qwen3ForCausalLM", &window).3, [None, Some(9), None, None]);
+    assert_eq!(of("MistralForCausalLM", &[]).3, [Some(4096); 4], "absent, it is what the family's class says");
+}
+
+#[test]
+fn generation_config() {
+    let parse = |text: &Value| {
+        let path = Path::new("generation_config.json");
+        ModelConfig::parse(config_json().to_string().as_bytes(), path, Some(text.to_string().as_bytes()), path)
+    };
+    let c = parse(&json!({"eos_token_id": [5, 2, 9], "min_p": 0.1, "top_k": 20, "num_beams": 1})).unwrap();
+    assert_eq!(c.eos_token_ids, [2, 5, 9], "of both files");
+    assert_eq!((c.defaults.min_p, c.defaults.top_k, c.defaults.top_p), (Some(0.1), Some(20), None));
+    refused(parse(&json!({"num_beams": 4})), &["num_beams"]);
+    refused(parse(&json!({"suppress_tokens": [1]})), &["suppress_tokens"]);
+    refused(parse(&json!({"eos_token_id": [512]})), &["eos_token_id", "512"]);
 }
 
 #[test]
 fn bad_configs_are_refused() {
     let cases: &[(&str, Value, &[&str])] = &[
-        ("architectures", json!(["MambaForCausalLM"]), &["MambaForCausalLM", "Qwen2ForCausalLM"]),
+        ("architectures", json!(["MambaForCausalLM"]), &["MambaForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"]),
         ("architectures", json!("x"), &["architectures"]),
         ("hidden_size", Value::Null, &["hidden_size", "missing"]),
         ("hidden_size", json!(-1), &["hidden_size", "-1"]),
@@ -98,10 +166,28 @@ fn bad_configs_are_refused() {
         ("num_hidden_layers", json!(1.5), &["num_hidden_layers"]),
         ("vocab_size", json!(511), &["vocab_size"]),
         ("hidden_act", json!("gelu"), &["hidden_act", "gelu"]),
-        ("use_sliding_window", json!(true), &["use_sliding_window"]),
+        ("use_sliding_window", json!("yes"), &["use_sliding_window"]),
+        ("layer_types", json!(["full_attention"]), &["layer_types", "1 entries for 4"]),
+        ("layer_types", json!(vec!["sliding_attention"; 4]), &["layer_types", "sliding_window"]),
+        ("layer_types", json!(vec!["linear_attention"; 4]), &["layer_types", "linear_attention"]),
+        ("mlp_bias", json!(true), &["mlp_bias"]),
+        ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config"]),
+        ("partial_rotary_factor", json!(0.5), &["partial_rotary_factor"]),
         ("rms_norm_eps", json!("tiny"), &["rms_norm_eps"]),
-        ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), &["rope_parameters", "yarn"]),
-        ("rope_parameters", Value::Null, &["rope_theta", "missing"]),
+        ("rope_parameters", json!({"rope_type": "longrope", "rope_theta": 1e4}), &["rope_parameters", "longrope"]),
+        ("rope_parameters", json!({"rope_type": "linear"}), &["rope_parameters", "factor is missing"]),
+        ("rope_parameters", json!({"rope_type": "yarn", "factor": -2}), &["rope_parameters", "factor is -2"]),
+        ("rope_parameters", json!({"rope_type": "yarn", "factor": 2, "beta_fast": 0.5}), &["beta_fast"]),
+        ("rope_parameters", json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}), &["high_freq_factor"]),
+        (
+            "rope_parameters",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}),
+            &["rope_parameters", "high_freq_factor"],
+        ),
+        ("rope_parameters", json!({"full_attention": {"rope_theta": 1e4}}), &["rope_parameters", "full_attention"]),
+        ("rope_parameters", json!({"partial_rotary_factor": 0.25}), &["partial_rotary_factor"]),
+        ("rope_scaling", json!({"type": "su"}), &["rope_scaling", "su"]),
+        ("rope_parameters", json!({"rope_theta": 1.0}), &["rope_theta"]),
         ("rope_theta", json!([]), &["rope_theta"]),
         ("eos_token_id", json!(512), &["eos_token_id", "512"]),
         ("eos_token_id", json!([1, -2]), &["eos_token_id", "-2"]),
@@ -128,12 +214,11 @@ fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
 #[test]
 fn the_tiny_model_has_its_tensors() {
     let c = Checkpoint::open(Path::new(MODEL)).unwrap();
-    let embedding = c.tensor("model.embed_tokens.weight", Dtype::Bf16, &[512, 256]).unwrap();
-    assert_eq!(embedding.bytes.len(), 512 * 256 * 2);
+    let embedding = c.weights("model.embed_tokens.weight", &[512, 256]).unwrap();
+    assert_eq!((embedding.dtype, embedding.bytes.len()), (Dtype::Bf16, 512 * 256 * 2));
     assert!(!c.has("lm_head.weight"));
-    refused(c.tensor("lm_head.weight", Dtype::Bf16, &[512, 256]), &["lm_head.weight", "missing"]);
-    refused(c.tensor("model.norm.weight", Dtype::Bf16, &[255]), &["model.norm.weight", "[256]", "[255]"]);
-    refused(c.tensor("model.norm.weight", Dtype::F32, &[256]), &["model.norm.weight", "Bf16", "F32"]);
+    refused(c.tensor("lm_head.weight", &[512, 256]), &["lm_head.weight", "missing"]);
+    refused(c.tensor("model.norm.weight", &[255]), &["model.norm.weight", "[256]", "[255]"]);
 }
 
 #[test]
@@ -205,7 +290,7 @@ fn shards() {
     let index = |a: &str, b: &str| json!({"weight_map": {"a": a, "b": b}}).to_string();
     folder.write("model.safetensors.index.json", index("1.safetensors", "2.safetensors"));
     let checkpoint = Checkpoint::open(&folder.0).unwrap();
-    assert_eq!(checkpoint.tensor("b", Dtype::U8, &[4]).unwrap().bytes, b"1234");
+    assert_eq!(checkpoint.tensor("b", &[4]).unwrap().bytes, b"1234");
     assert_eq!(checkpoint.bytes(), 8);
 
     folder.write("model.safetensors.index.json", index("1.safetensors", "1.safetensors"));

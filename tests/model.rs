@@ -44,23 +44,35 @@ fn cases() -> Vec<Case> {
 }
 
 /// An executor and one sequence at a time in slot 1, its pages out of order.
-struct Runner {
-    executor: Executor,
-    config: ModelConfig,
+pub struct Runner {
+    pub executor: Executor,
+    pub config: ModelConfig,
     greedy: SamplingParams,
     /// Tokens that the pages of the sequence hold.
     room: u32,
 }
 
 impl Runner {
+    /// Of the tiny thinking model.
     fn new(device: &Device, graphs: bool) -> Runner {
         let folder = Path::new(FOLDER);
         let config = ModelConfig::load(folder).unwrap();
         let tokenizer = Tokenizer::load(folder, config.vocab_size).unwrap();
-        let checkpoint = Checkpoint::open(folder).unwrap();
-        let options = ExecutorOptions { max_context: Some(512), pages: Some(16), graphs, ..Default::default() };
+        Runner::open(device, config, &Checkpoint::open(folder).unwrap(), &tokenizer, graphs)
+    }
+
+    /// A context of 512 tokens at most, and 16 pages.
+    pub fn open(
+        device: &Device,
+        config: ModelConfig,
+        checkpoint: &Checkpoint,
+        tokenizer: &Tokenizer,
+        graphs: bool,
+    ) -> Runner {
+        let max_context = Some(config.max_position_embeddings.min(512) as u32);
+        let options = ExecutorOptions { max_context, pages: Some(16), graphs, ..Default::default() };
         let traits = tokenizer.traits();
-        let executor = Executor::new(device, &config, (&checkpoint).into(), &traits, &options, &mut |_, _| {}).unwrap();
+        let executor = Executor::new(device, &config, checkpoint.into(), &traits, &options, &mut |_, _| {}).unwrap();
         let request = SamplingRequest { temperature: Some(0.0), ignore_eos: true, ..Default::default() };
         let greedy = request.validate(&config.defaults, config.vocab_size, &config.eos_token_ids).unwrap();
         Runner { executor, config, greedy, room: 0 }
@@ -74,14 +86,14 @@ impl Runner {
     }
 
     /// The next token after `prompt`, fed in pieces of so many tokens; and its logits.
-    fn prefill(&mut self, prompt: &[u32], piece: usize, max_generated: u32) -> (TokenEvent, Vec<f32>) {
+    pub fn prefill(&mut self, prompt: &[u32], piece: usize, max_generated: u32) -> (TokenEvent, Vec<f32>) {
         self.room = 0;
         let setup = SlotSetup {
             slot: 1,
             serial: 7,
             tokens: prompt.to_vec(),
             max_generated,
-            max_length: 512,
+            max_length: self.config.max_position_embeddings.min(512) as u32,
             eos_ids: self.config.eos_token_ids.clone(),
             sampling: self.greedy.clone(),
             budget: None,
@@ -103,7 +115,7 @@ impl Runner {
     }
 
     /// The token after those `length` tokens of the sequence.
-    fn decode(&mut self, length: u32) -> (TokenEvent, Vec<f32>) {
+    pub fn decode(&mut self, length: u32) -> (TokenEvent, Vec<f32>) {
         let pages = self.pages(length);
         self.executor
             .submit(&Batch { pages, work: Work::Decode { slots: vec![1], steps: 1 }, ..Default::default() })
@@ -114,11 +126,11 @@ impl Runner {
 }
 
 /// The device that serves: unchecked, or the GPU.
-fn serving() -> Device {
+pub fn serving() -> Device {
     devices().pop().unwrap()
 }
 
-fn worst(a: &[f32], b: &[f32]) -> f32 {
+pub fn worst(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }

@@ -11,6 +11,7 @@ mod cuda;
 mod decode_loop;
 mod devices;
 mod engine;
+mod families;
 mod guide;
 mod layout;
 mod loading;

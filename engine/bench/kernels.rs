@@ -368,7 +368,7 @@ impl Bench<'_> {
             };
             let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let pages = sequences.cache.layer(0);
-            let launch = ops::attn_prefill(self.device, &q, s.heads, &tiles, &pages, &out, &workspace)?;
+            let launch = ops::attn_prefill(self.device, &q, s.heads, None, &tiles, &pages, &out, &workspace)?;
             self.measure("attn_prefill", name, shape, &launch)?;
         }
         for &(batch, keys) in s.sizes.decode {
@@ -380,7 +380,7 @@ impl Bench<'_> {
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
             let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
-            let launch = ops::attn_decode(&q, s.heads, &rows, sequences.keys, &pages, &out, None, &workspace);
+            let launch = ops::attn_decode(&q, s.heads, None, &rows, sequences.keys, &pages, &out, None, &workspace);
             self.measure("attn_decode", "decode", shape, &launch)?;
         }
         Ok(())

@@ -43,7 +43,8 @@ fn model(frontend: &Frontend, bytes: u64) -> String {
          layers        {}, hidden {}, intermediate {}\n\
          heads         {} of {} elements, {} for K and V\n\
          vocabulary    {}{}\n\
-         positions     {}, RoPE theta {}\n\
+         positions     {}, RoPE {:?}\n\
+         windows       {}\n\
          thinking      {thinking}\n",
         c.architecture,
         c.num_layers,
@@ -55,8 +56,19 @@ fn model(frontend: &Frontend, bytes: u64) -> String {
         c.vocab_size,
         if c.tie_word_embeddings { ", input and output share their table" } else { "" },
         c.max_position_embeddings,
-        c.rope_theta,
+        c.rope,
+        windows(&c.windows),
     )
+}
+
+fn windows(layers: &[Option<u32>]) -> String {
+    let mut sizes: Vec<u32> = layers.iter().flatten().copied().collect();
+    let count = sizes.len();
+    sizes.dedup();
+    match sizes.as_slice() {
+        [] => "none".into(),
+        sizes => format!("of {sizes:?} tokens in {count} of {} layers", layers.len()),
+    }
 }
 
 fn delimiters(frontend: &Frontend, d: &Delimiters) -> String {
