@@ -4,8 +4,9 @@
 use crate::batch::{Accounting, OnEnd};
 use crate::budget::BudgetRequest;
 use crate::frontend::Request;
+use crate::hub;
 use crate::sampling::SamplingRequest;
-use crate::thinking::ThinkingChoice;
+use crate::thinking::{PROFILES, Profile, ThinkingChoice};
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -496,6 +497,17 @@ fn parse_fraction(text: &str) -> Result<f64, String> {
     fraction.ok_or_else(|| "write a number above 0 and up to 1".into())
 }
 
+fn parse_thinking(text: &str) -> Result<ThinkingChoice, String> {
+    match text {
+        "auto" => Ok(ThinkingChoice::Auto),
+        "none" => Ok(ThinkingChoice::None),
+        name => Profile::named(name).map(ThinkingChoice::Profile).ok_or_else(|| {
+            let known: Vec<&str> = PROFILES.iter().map(|profile| profile.name).collect();
+            format!("say auto, none or one of {}", known.join(", "))
+        }),
+    }
+}
+
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|s| (0.0..=3600.0).contains(s));
     seconds.ok_or_else(|| "write a number of seconds from 0 to 3600".into())
@@ -526,10 +538,10 @@ pub struct ModelArgs {
     /// computed is shared.
     #[arg(long)]
     pub deterministic: bool,
-    /// Thinking delimiters: s1 (<|im_start|>think ... <|im_start|>answer), think-tags (<think> ... </think>), none, or auto:
+    /// Thinking delimiters: s1 (<|im_start|>think ... <|im_start|>answer), deepseek-r1 or think-tags (<think> ... </think>), none, or auto:
     /// what the model folder says.
-    #[arg(long, value_enum, default_value = "auto", value_name = "KIND")]
-    thinking: ThinkingKind,
+    #[arg(long, default_value = "auto", value_name = "KIND", value_parser = parse_thinking)]
+    thinking: ThinkingChoice,
     /// Explicit delimiter that opens the thinking.
     #[arg(long, value_name = "TEXT", requires = "thinking_end", conflicts_with = "thinking")]
     thinking_start: Option<String>,
@@ -542,8 +554,8 @@ pub struct ModelArgs {
 #[derive(Debug, Group)]
 #[command(next_help_heading = "Model and device")]
 pub struct SourceArgs {
-    /// Model folder: config.json, safetensors, tokenizer.json.
-    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
+    /// Model folder: config.json, safetensors, tokenizer.json; or the name of a model in the Hugging Face cache.
+    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>, value_parser = hub::resolve)]
     pub path: PathBuf,
     /// host, cuda:N, sim:h100 (no model runs: tokens are made up in the time that a GPU would take), or auto: a GPU if there is
     /// one, else the host target.
@@ -600,22 +612,11 @@ impl LoadFormat {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum ThinkingKind {
-    Auto,
-    S1,
-    ThinkTags,
-    None,
-}
-
 impl ModelArgs {
     pub fn thinking(&self) -> ThinkingChoice {
-        match (&self.thinking_start, &self.thinking_end, self.thinking) {
-            (Some(start), Some(end), _) => ThinkingChoice::Explicit { start: start.clone(), end: end.clone() },
-            (_, _, ThinkingKind::Auto) => ThinkingChoice::Auto,
-            (_, _, ThinkingKind::S1) => ThinkingChoice::S1,
-            (_, _, ThinkingKind::ThinkTags) => ThinkingChoice::ThinkTags,
-            (_, _, ThinkingKind::None) => ThinkingChoice::None,
+        match (&self.thinking_start, &self.thinking_end) {
+            (Some(start), Some(end)) => ThinkingChoice::Explicit { start: start.clone(), end: end.clone() },
+            _ => self.thinking.clone(),
         }
     }
 }

@@ -60,7 +60,7 @@ impl BudgetRequest {
             };
             return Err(Error::request(
                 parameter,
-                "this model has no thinking delimiters, so no budget can be enforced: say --thinking s1 or think-tags, or give \
+                "this model has no thinking delimiters, so no budget can be enforced: say --thinking s1, deepseek-r1 or think-tags, or give \
                  --thinking-start and --thinking-end",
             ));
         };

@@ -128,12 +128,15 @@ impl Checkpoint {
             data_starts: Vec::new(),
             tensors: HashMap::new(),
         };
-        if !index_path.exists() {
-            checkpoint.map(&folder.join("model.safetensors"))?;
-            return Ok(checkpoint);
-        }
+        let bytes = match std::fs::read(&index_path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                checkpoint.map(&folder.join("model.safetensors"))?;
+                return Ok(checkpoint);
+            }
+            Err(e) => return Err(Error::io(index_path, e)),
+        };
         checkpoint.source = index_path.clone();
-        let bytes = std::fs::read(&index_path).map_err(|e| Error::io(&index_path, e))?;
         let index = parse_index(&bytes).map_err(|problem| Error::model(&index_path, problem))?;
         let mut files: Vec<&String> = index.values().collect();
         files.sort();
@@ -154,8 +157,13 @@ impl Checkpoint {
     }
 
     fn map(&mut self, path: &Path) -> Result<()> {
+        // Asked before the file is opened: a pipe would wait for somebody to write.
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !metadata.is_file() {
+            return Err(Error::model(path, "not a file"));
+        }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        if file.metadata().map_err(|e| Error::io(path, e))?.len() == 0 {
+        if metadata.len() == 0 {
             return Err(Error::model(path, "an empty file is not safetensors: is it truncated?"));
         }
         // SAFETY: the map is read only. Whoever truncates the file while we read it ends the process by SIGBUS; that is the

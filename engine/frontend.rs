@@ -100,8 +100,11 @@ impl Frontend {
             ));
         };
         let (messages, mark) = self.mark_special(messages)?;
+        // Qwen3's template closes the thinking at once where it is not wanted.
+        let mut variables = variables.clone();
+        variables.entry("enable_thinking").or_insert(self.delimiters.is_some().into());
         let mut ids = Vec::new();
-        for part in template.render(&messages, true, variables)?.split(mark) {
+        for part in template.render(&messages, true, &variables)?.split(mark) {
             ids.extend(self.tokenizer.encode(part)?);
         }
         ids.extend(self.delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));

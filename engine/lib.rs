@@ -18,6 +18,7 @@ pub mod error;
 pub mod executor;
 pub mod frontend;
 pub mod guide;
+pub mod hub;
 pub mod kernels;
 pub mod kv_cache;
 pub mod model;

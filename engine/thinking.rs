@@ -25,18 +25,91 @@ use std::path::Path;
 /// What `--thinking` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ThinkingChoice {
-    /// thinking.json if the model folder has one, else `<think>` tags if the vocabulary has them, else none.
+    /// thinking.json if the model folder has one, else the first of [`PROFILES`] whose marks the vocabulary has, else none.
     Auto,
-    /// s1's delimiters (arXiv 2501.19393, eval harness).
-    S1,
-    /// `<think>` ... `</think>`, as DeepSeek-R1 and Qwen3.
-    ThinkTags,
+    /// One of [`PROFILES`].
+    Profile(&'static Profile),
     None,
     /// `--thinking-start`, `--thinking-end`.
     Explicit {
         start: String,
         end: String,
     },
+}
+
+/// How a family thinks.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Profile {
+    pub name: &'static str,
+    /// Tokens that the vocabulary must have.
+    needs: &'static [&'static str],
+    /// Those that it is known by; none: by its name alone.
+    marks: &'static [&'static str],
+    start: &'static str,
+    start_in_prompt: bool,
+    end: &'static str,
+    close: Option<&'static str>,
+    end_string: &'static str,
+    end_string_on_new_line: bool,
+}
+
+/// The families. Where the chat template itself opens the thinking (DeepSeek-R1's later ones, QwQ's), the prompt says so.
+pub static PROFILES: [Profile; 3] = [
+    // Fine-tuned from Qwen2.5 with words of its own, which the vocabulary does not show (arXiv 2501.19393, eval harness).
+    Profile {
+        name: "s1",
+        needs: &["<|im_start|>"],
+        marks: &[],
+        start: "<|im_start|>think",
+        start_in_prompt: true,
+        end: "<|im_start|>",
+        close: Some("<|im_start|>answer"),
+        end_string: "<|im_start|>answer\nFinal Answer:",
+        end_string_on_new_line: true,
+    },
+    // No sentence of its own; the answer begins after an empty line (arXiv 2501.12948; its chat template).
+    Profile {
+        name: "deepseek-r1",
+        needs: &["<think>", "</think>"],
+        marks: &["<think>", "</think>", "<\u{ff5c}Assistant\u{ff5c}>"],
+        start: "<think>",
+        start_in_prompt: false,
+        end: "</think>",
+        close: None,
+        end_string: "</think>\n\n",
+        end_string_on_new_line: true,
+    },
+    // Qwen3 and whoever else has the tags; the sentence is that of the Qwen3 report (arXiv 2505.09388, section 4.3).
+    Profile {
+        name: "think-tags",
+        needs: &["<think>", "</think>"],
+        marks: &["<think>", "</think>"],
+        start: "<think>",
+        start_in_prompt: false,
+        end: "</think>",
+        close: None,
+        end_string: "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n\
+                     </think>\n\n",
+        end_string_on_new_line: false,
+    },
+];
+
+impl Profile {
+    pub fn named(name: &str) -> Option<&'static Profile> {
+        PROFILES.iter().find(|profile| profile.name == name)
+    }
+
+    fn file(&self) -> ThinkingFile {
+        ThinkingFile {
+            start: self.start.into(),
+            start_in_prompt: self.start_in_prompt,
+            end: self.end.into(),
+            close: self.close.map(String::from),
+            end_string: Some(self.end_string.into()),
+            end_string_on_new_line: self.end_string_on_new_line,
+            ignore_strings: vec!["Wait".into()],
+        }
+    }
 }
 
 /// Delimiters as token ids.
@@ -91,35 +164,6 @@ impl ThinkingFile {
         }
         Ok(file)
     }
-
-    fn s1() -> ThinkingFile {
-        ThinkingFile {
-            start: "<|im_start|>think".into(),
-            start_in_prompt: true,
-            end: "<|im_start|>".into(),
-            close: Some("<|im_start|>answer".into()),
-            end_string: Some("<|im_start|>answer\nFinal Answer:".into()),
-            end_string_on_new_line: true,
-            ignore_strings: vec!["Wait".into()],
-        }
-    }
-
-    /// The end string is the early-stop sentence of the Qwen3 report (arXiv 2505.09388, section 4.3).
-    fn think_tags() -> ThinkingFile {
-        ThinkingFile {
-            start: "<think>".into(),
-            start_in_prompt: false,
-            end: "</think>".into(),
-            close: None,
-            end_string: Some(
-                "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n\
-                 </think>\n\n"
-                    .into(),
-            ),
-            end_string_on_new_line: false,
-            ignore_strings: vec!["Wait".into()],
-        }
-    }
 }
 
 impl Delimiters {
@@ -131,22 +175,12 @@ impl Delimiters {
         let has = |token: &str| tokenizer.token_id(token).is_some();
         match choice {
             ThinkingChoice::None => Ok(None),
-            ThinkingChoice::S1 => {
-                if !has("<|im_start|>") {
-                    return Err(Error::request(
-                        "thinking",
-                        "s1's delimiters need the token <|im_start|>, which this tokenizer lacks",
-                    ));
+            ThinkingChoice::Profile(profile) => {
+                if let Some(token) = profile.needs.iter().find(|token| !has(token)) {
+                    let problem = format!("{} needs the token {token}, which this tokenizer lacks", profile.name);
+                    return Err(Error::request("thinking", problem));
                 }
-                Delimiters::encode(&ThinkingFile::s1(), tokenizer).map(Some).map_err(|p| Error::request("thinking", p))
-            }
-            ThinkingChoice::ThinkTags => {
-                if !has("<think>") || !has("</think>") {
-                    return Err(Error::request("thinking", "this tokenizer lacks the tokens <think> and </think>"));
-                }
-                Delimiters::encode(&ThinkingFile::think_tags(), tokenizer)
-                    .map(Some)
-                    .map_err(|p| Error::request("thinking", p))
+                Delimiters::encode(&profile.file(), tokenizer).map(Some).map_err(|p| Error::request("thinking", p))
             }
             ThinkingChoice::Explicit { start, end } => {
                 if end.is_empty() {
@@ -171,10 +205,13 @@ impl Delimiters {
                         .map(Some)
                         .map_err(|problem| Error::model(path, problem)),
                     Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
-                    Err(_) if has("<think>") && has("</think>") => {
-                        Delimiters::resolve(&ThinkingChoice::ThinkTags, folder, tokenizer)
+                    Err(_) => {
+                        let known = |p: &&Profile| !p.marks.is_empty() && p.marks.iter().all(|token| has(token));
+                        match PROFILES.iter().find(known) {
+                            Some(profile) => Delimiters::resolve(&ThinkingChoice::Profile(profile), folder, tokenizer),
+                            None => Ok(None),
+                        }
                     }
-                    Err(_) => Ok(None),
                 }
             }
         }

@@ -272,8 +272,7 @@ DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, co
     release(&shared.empty[ring.stage]);
     advance(ring);
 
-    if (valid < kSliceTokens || hidden > 0)
-      UNROLL for (int j = 0; j < 2; j++) UNROLL for (int i = 0; i < 4; i++) {
+    if (valid < kSliceTokens || hidden > 0) UNROLL for (int j = 0; j < 2; j++) UNROLL for (int i = 0; i < 4; i++) {
         const int token = 8 * j + 2 * (lane_id() % 4) + i % 2;
         if (token >= valid || token < hidden) s[j][i] = -INFINITY;
       }

@@ -120,7 +120,8 @@ fn bad_folders_are_refused() {
     config("architecture", |c| c["architectures"] = json!(["MambaForCausalLM"]), &["config.json", "MambaForCausalLM"]);
     config("heads", |c| c["num_attention_heads"] = json!(3), &["config.json", "num_"]);
     config("vocabulary", |c| c["vocab_size"] = json!(256), &["tokenizer.json", "256"]);
-    config("layers", |c| c["num_hidden_layers"] = json!(5), &["model.layers.4", "safetensors"]);
+    let more = |c: &mut Value| (c["num_hidden_layers"], c["layer_types"]) = (json!(5), Value::Null);
+    config("layers", more, &["model.layers.4", "safetensors"]);
     let folder = Folder::with("json", "config.json", |_| b"{".to_vec());
     refused(&["generate", folder.path(), "hi"], &["config.json", "JSON"]);
     let folder = Folder::with(
@@ -158,7 +159,7 @@ fn bad_weights_are_refused() {
         &header(|h| h["model.layers.2.mlp.up_proj.weight"]["shape"] = json!([256, 704])),
         &[tensor, "704"],
     );
-    weights("dtype", &header(|h| h["model.layers.2.mlp.up_proj.weight"]["dtype"] = json!("F16")), &[tensor, "F16"]);
+    weights("dtype", &header(|h| h["model.layers.2.mlp.up_proj.weight"]["dtype"] = json!("I16")), &[tensor, "I16"]);
     weights("overlap", &header(|h| h["model.norm.weight"]["data_offsets"] = json!([0, 512])), &["overlaps"]);
     weights(
         "outside",

@@ -93,10 +93,10 @@ fn check(name: &str) {
         }
         // Decode goes on from the last of these prefills.
         let mut logits = Vec::new();
-        for n in 1..wanted.len() {
+        for (n, &token) in wanted.iter().enumerate().skip(1) {
             let event;
             (event, logits) = runner.decode((case.prompt_ids.len() + n) as u32);
-            assert_eq!(event.token, wanted[n], "{name}, case {i}, token {n}");
+            assert_eq!(event.token, token, "{name}, case {i}, token {n}");
         }
         close(&logits, &case.last_logits, "decode");
         // And says of the last position what prefill says.

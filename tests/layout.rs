@@ -12,6 +12,7 @@ const LOGIC: &[&str] = &[
     "chat",
     "frontend",
     "guide",
+    "hub",
     "sampling",
     "scheduler",
     "sequence",

@@ -5,8 +5,9 @@ use crate::random::Random;
 use ponder::chat::{ChatTemplate, Message};
 use ponder::checkpoint::{Checkpoint, Dtype, parse_header, parse_index};
 use ponder::config::{Architecture, ModelConfig};
+use ponder::hub;
 use ponder::rope::{Rope, Scaling};
-use ponder::thinking::{Delimiters, ThinkingChoice};
+use ponder::thinking::{Delimiters, PROFILES, Profile, ThinkingChoice};
 use ponder::tokenizer::{Detokenizer, Tokenizer};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -307,6 +308,66 @@ fn shards() {
     assert!(parse_index(b"{}").unwrap_err().contains("weight_map"));
 }
 
+/// What lies behind the names: no loop, pipe or folder is waited for, followed for ever or mapped.
+#[test]
+fn links_that_lead_nowhere() {
+    use std::os::unix::fs::symlink;
+    let folder = Folder::new("links");
+    let at = |name: &str| folder.0.join(name);
+    let again = |name: &str| {
+        let _ = std::fs::remove_file(at(name));
+        at(name)
+    };
+    symlink("model.safetensors", again("model.safetensors")).unwrap();
+    refused(Checkpoint::open(&folder.0), &["model.safetensors", "symbolic links"]);
+    symlink("gone.safetensors", again("model.safetensors")).unwrap();
+    refused(Checkpoint::open(&folder.0), &["model.safetensors", "No such file"]);
+    symlink(".", again("model.safetensors")).unwrap();
+    refused(Checkpoint::open(&folder.0), &["model.safetensors", "not a file"]);
+    let pipe = again("model.safetensors");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    refused(Checkpoint::open(&folder.0), &["model.safetensors", "not a file"]);
+    symlink("b.json", at("model.safetensors.index.json")).unwrap();
+    symlink("model.safetensors.index.json", at("b.json")).unwrap();
+    refused(Checkpoint::open(&folder.0), &["model.safetensors.index.json", "symbolic links"]);
+    again("b.json");
+    folder.write("b.json", json!({"weight_map": {"a": "1.safetensors", "b": 7}}).to_string());
+    refused(Checkpoint::open(&folder.0), &["model.safetensors.index.json", "\"b\"", "file name"]);
+    folder.write("b.json", r#"{"weight_map": {"a": "1.safetensors"}, "weight_map": {}}"#);
+    refused(Checkpoint::open(&folder.0), &["weight_map", "twice"]);
+    // A cache's snapshots are links to files elsewhere: those are what the user asked for.
+    folder.write("b.json", json!({"weight_map": {"a": "1.safetensors"}}).to_string());
+    let blob = Folder::new("blob");
+    blob.write("a", safetensors(r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#, b"1234"));
+    symlink(blob.0.join("a"), at("1.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(&folder.0).unwrap();
+    assert_eq!(checkpoint.tensor("a", &[4]).unwrap().bytes, b"1234");
+    refused(checkpoint.weights("a", &[4]), &["\"a\"", "U8", "bf16"]);
+}
+
+// ---- the hub's cache ----
+
+#[test]
+fn models_by_name() {
+    let cache = Folder::new("hub");
+    let missing = hub::find(&cache.0, "o/m").unwrap_err();
+    assert!(missing.contains("models--o--m/refs/main") && missing.contains("hf download o/m"), "{missing}");
+    let model = cache.0.join("models--o--m");
+    std::fs::create_dir_all(model.join("refs")).unwrap();
+    std::fs::create_dir_all(model.join("snapshots/0a1b")).unwrap();
+    std::fs::write(model.join("refs/main"), "0a1b\n").unwrap();
+    assert_eq!(hub::find(&cache.0, "o/m").unwrap(), model.join("snapshots/0a1b"));
+    for commit in ["", "ffff", "../.."] {
+        std::fs::write(model.join("refs/main"), commit).unwrap();
+        let problem = hub::find(&cache.0, "o/m").unwrap_err();
+        assert!(problem.contains("snapshots") && problem.contains(&format!("{commit:?}")), "{problem}");
+    }
+    std::fs::remove_dir_all(model).unwrap();
+    for folder in [MODEL, "/nowhere", "./a/b", "a/b/c", "nowhere"] {
+        assert_eq!(hub::resolve(folder).unwrap(), Path::new(folder), "no name");
+    }
+}
+
 // ---- tokenizer ----
 
 #[test]
@@ -457,12 +518,68 @@ fn bad_templates_are_refused() {
 
 // ---- delimiters ----
 
+fn profile(name: &str) -> ThinkingChoice {
+    ThinkingChoice::Profile(Profile::named(name).unwrap())
+}
+
+/// A tokenizer of the tiny model's with these tokens added.
+fn tokenizer_with(folder: &Folder, tokens: &[&str]) -> Tokenizer {
+    let mut json: Value = serde_json::from_slice(&std::fs::read(format!("{MODEL}/tokenizer.json")).unwrap()).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    for (i, token) in tokens.iter().enumerate() {
+        let mut entry = added[0].clone();
+        (entry["id"], entry["content"]) = (json!(382 + i), json!(token));
+        added.push(entry);
+    }
+    folder.write("tokenizer.json", json.to_string());
+    Tokenizer::load(&folder.0, 512).unwrap()
+}
+
+#[test]
+fn every_family_thinks_in_its_own_way() {
+    let folder = Folder::new("profiles");
+    // The tiny vocabulary spells; a word of its own keeps the sentence within what can be injected.
+    let words =
+        "Considering the limited time by the user, I have to give the solution based on the thinking directly now.";
+    let qwen3 = ["<think>", "</think>", words];
+    let r1 = ["<think>", "</think>", "<\u{ff5c}Assistant\u{ff5c}>"];
+    let sentence: &str = &format!("{words}\n</think>\n\n");
+    // What the vocabulary has, and what is found: start, end, end string, whether that stands on a line of its own.
+    type Case<'a> = (&'a [&'a str], &'a str, Option<[&'a str; 3]>, bool);
+    let cases: &[Case] = &[
+        (&qwen3, "think-tags", Some(["<think>", "</think>", sentence]), false),
+        (&r1, "deepseek-r1", Some(["<think>", "</think>", "</think>\n\n"]), true),
+        (&["<think>"], "s1", None, false),
+    ];
+    for (tokens, name, found, new_line) in cases {
+        let tokenizer = tokenizer_with(&folder, tokens);
+        let auto = Delimiters::resolve(&ThinkingChoice::Auto, &folder.0, &tokenizer).unwrap();
+        assert_eq!(auto.is_some(), found.is_some(), "{name}");
+        if let (Some(auto), Some([start, end, end_string])) = (auto, found) {
+            assert_eq!(Delimiters::resolve(&profile(name), &folder.0, &tokenizer).unwrap().as_ref(), Some(&auto));
+            let texts = [&auto.start, &auto.end, &auto.end_string].map(|ids| tokenizer.decode(ids));
+            assert_eq!(texts, [*start, *end, *end_string], "{name}");
+            assert_eq!((auto.start_in_prompt, auto.newline.is_some()), (false, *new_line), "{name}");
+            assert_eq!(tokenizer.decode(&auto.ignore_strings[0]), "Wait");
+        }
+    }
+    assert!(Profile::named("gpt").is_none());
+    let names = PROFILES.each_ref().map(|p| p.name);
+    assert_eq!(names, ["s1", "deepseek-r1", "think-tags"]);
+    // thinking.json goes before the family.
+    let tokenizer = tokenizer_with(&folder, &qwen3);
+    folder.write("thinking.json", r#"{"start": "<think>", "end": "</think>", "ignore_strings": ["Hmm"]}"#);
+    let own = Delimiters::resolve(&ThinkingChoice::Auto, &folder.0, &tokenizer).unwrap().unwrap();
+    assert_eq!(tokenizer.decode(&own.ignore_strings[0]), "Hmm");
+    assert_eq!(own.end_string, own.end);
+}
+
 #[test]
 fn s1s_delimiters() {
     let tokenizer = tokenizer();
     let text = |ids: &[u32]| tokenizer.decode(ids);
     let auto = Delimiters::resolve(&ThinkingChoice::Auto, Path::new(MODEL), &tokenizer).unwrap().unwrap();
-    let s1 = Delimiters::resolve(&ThinkingChoice::S1, Path::new("/nowhere"), &tokenizer).unwrap().unwrap();
+    let s1 = Delimiters::resolve(&profile("s1"), Path::new("/nowhere"), &tokenizer).unwrap().unwrap();
     assert_eq!(auto, s1);
     assert_eq!(text(&s1.start), "<|im_start|>think");
     assert_eq!(s1.end, [1]);
@@ -477,7 +594,7 @@ fn s1s_delimiters() {
 fn delimiters_that_cannot_be_had() {
     let tokenizer = tokenizer();
     let resolve = |choice: &ThinkingChoice, folder: &Path| Delimiters::resolve(choice, folder, &tokenizer);
-    refused(resolve(&ThinkingChoice::ThinkTags, Path::new(MODEL)), &["<think>"]);
+    refused(resolve(&profile("think-tags"), Path::new(MODEL)), &["<think>"]);
     assert_eq!(resolve(&ThinkingChoice::None, Path::new(MODEL)).unwrap(), None);
     assert_eq!(resolve(&ThinkingChoice::Auto, Path::new("/nowhere")).unwrap(), None);
     let explicit = |start: &str, end: &str| {

@@ -5,7 +5,7 @@ use ponder::batch::{BudgetParams, SamplingParams};
 use ponder::budget::BudgetRequest;
 use ponder::config::SamplingDefaults;
 use ponder::sampling::SamplingRequest;
-use ponder::thinking::{Delimiters, ThinkingChoice};
+use ponder::thinking::{Delimiters, Profile, ThinkingChoice};
 use ponder::tokenizer::Tokenizer;
 use std::path::Path;
 
@@ -102,7 +102,10 @@ struct Model {
 impl Model {
     fn load() -> Model {
         let tokenizer = Tokenizer::load(Path::new(MODEL), VOCAB).unwrap();
-        let delimiters = Delimiters::resolve(&ThinkingChoice::S1, Path::new(MODEL), &tokenizer).unwrap().unwrap();
+        let delimiters =
+            Delimiters::resolve(&ThinkingChoice::Profile(Profile::named("s1").unwrap()), Path::new(MODEL), &tokenizer)
+                .unwrap()
+                .unwrap();
         Model { tokenizer, delimiters }
     }
 

@@ -16,7 +16,7 @@ static STATE: LazyLock<Arc<ServerState>> = LazyLock::new(|| {
     let frontend = Frontend::open(Path::new("models/modulo"), &ThinkingChoice::Auto).unwrap();
     let device = Device::open("sim:h100,instant".parse().unwrap()).unwrap();
     let engine = Engine::new(frontend, Weights::Dummy, &device, &ExecutorOptions::default(), &mut |_, _| {}).unwrap();
-    ServerState::new(Service::start(engine), Settings::default())
+    ServerState::new(Service::start(engine), None, Settings::default())
 });
 
 const ADDRESSES: [&str; 4] = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"];
