@@ -37,6 +37,11 @@ impl Grammar {
     pub fn new(guide: impl Fn() -> Box<dyn Guide> + Send + Sync + 'static) -> Grammar {
         Grammar(Arc::new(guide))
     }
+
+    /// For another answer.
+    pub fn guide(&self) -> Box<dyn Guide> {
+        (self.0)()
+    }
 }
 
 impl std::fmt::Debug for Grammar {
@@ -64,7 +69,7 @@ impl GuidedAnswer {
     /// `start`: by which the model may open its thinking; empty if it never does so by itself.
     pub fn new(grammar: &Grammar, setup: &SlotSetup, start: Vec<u32>, vocab: usize) -> GuidedAnswer {
         GuidedAnswer {
-            guide: grammar.0(),
+            guide: grammar.guide(),
             tokens: Vec::new(),
             opening: (setup.begins_guided() && !start.is_empty()).then_some(0),
             start,

@@ -33,6 +33,7 @@ pub mod service;
 pub mod simulator;
 pub mod slots;
 pub mod stepper;
+pub mod structured;
 pub mod study;
 pub mod telemetry;
 pub mod thinking;

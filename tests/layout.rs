@@ -16,6 +16,7 @@ const LOGIC: &[&str] = &[
     "sampling",
     "scheduler",
     "sequence",
+    "structured",
     "thinking",
     "tokenizer",
 ];

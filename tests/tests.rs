@@ -34,4 +34,5 @@ mod server;
 mod service;
 mod simt;
 mod simulator;
+mod structured;
 mod study;
