@@ -334,7 +334,7 @@ pub struct StudyArgs {
 #[derive(Debug, Subcommand)]
 pub enum StudyCommand {
     /// Accuracy against thinking tokens: sweeps of the budget, s1's metrics, baselines.
-    Scaling(ScalingArgs),
+    Scaling(Box<ScalingArgs>),
     /// The same requests with one acceleration technique after the other turned off; where the time of a decode step goes.
     Ablation(AblationArgs),
     /// Few good questions out of many, as s1K was made: quality, decontamination, difficulty, diversity.

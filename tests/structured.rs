@@ -174,7 +174,7 @@ fn calls_of_tools_may_follow_words() {
 fn what_cannot_be_enforced_is_refused_by_name() {
     let compiler = compiler();
     let refused = |structure: Structure, words: &str| {
-        let message = compiler.compile("response_format", &structure).err().expect("refused").to_string();
+        let message = compiler.compile("response_format", &structure).expect_err("refused").to_string();
         assert!(message.contains("response_format") && message.contains(words), "{structure:?}: {message}");
     };
     refused(Structure::Schema(json!({"type": "person"})), "person");
