@@ -18,11 +18,27 @@ pub struct Message {
     /// What an earlier answer thought; templates that want it call it so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// Calls of tools that it made: a list in OpenAI's shape, but arguments are objects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<serde_json::Value>,
+    /// Of the call whose result this is, and of the tool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 impl Message {
     pub fn new(role: &str, content: impl Into<String>) -> Message {
-        Message { role: role.into(), content: content.into(), reasoning_content: None }
+        let content = content.into();
+        Message {
+            role: role.into(),
+            content,
+            reasoning_content: None,
+            tool_calls: None,
+            tool_call_id: None,
+            name: None,
+        }
     }
 }
 
@@ -111,6 +127,11 @@ impl ChatTemplate {
     /// Names that it reads and does not set itself.
     pub fn variables(&self) -> HashSet<String> {
         self.environment.get_template("chat").expect("added in parse").undeclared_variables(false)
+    }
+
+    /// Whether this text stands in it.
+    pub fn has(&self, text: &str) -> bool {
+        self.environment.get_template("chat").expect("added in parse").source().contains(text)
     }
 
     /// The prompt for these messages; with `add_generation_prompt` it ends where the model's answer begins. `extra` variables

@@ -79,6 +79,11 @@ impl Frontend {
         self.template.as_ref().map(ChatTemplate::variables).unwrap_or_default()
     }
 
+    /// Whether the chat template tells the model of tools, and shows calls of them in this tag.
+    pub fn writes_calls_as(&self, tag: &str) -> bool {
+        self.template.as_ref().is_some_and(|template| template.has(tag) && template.variables().contains("tools"))
+    }
+
     /// [`Frontend::encode_chat_with`] nothing else.
     ///
     /// # Errors
@@ -99,9 +104,9 @@ impl Frontend {
                 "the model has no chat template: give the prompt as it is, with --raw",
             ));
         };
-        let (messages, mark) = self.mark_special(messages)?;
+        let (messages, variables, mark) = self.mark_special(messages, variables)?;
         // Qwen3's template closes the thinking at once where it is not wanted.
-        let mut variables = variables.clone();
+        let mut variables = variables;
         variables.entry("enable_thinking").or_insert(self.delimiters.is_some().into());
         let mut ids = Vec::new();
         for part in template.render(&messages, true, &variables)?.split(mark) {
@@ -111,28 +116,41 @@ impl Frontend {
         Ok(ids)
     }
 
-    /// The messages with a mark inside whatever would be read as a special token, so that none of them can pretend to be what only
-    /// the template says; and the mark, which stands nowhere else.
-    fn mark_special(&self, messages: &[Message]) -> Result<(Vec<Message>, char)> {
+    /// What the template is given, with a mark inside whatever would be read as a special token, so that nothing that a request says
+    /// can pretend to be what only the template says; and the mark, which stands nowhere else.
+    fn mark_special(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, Value>,
+    ) -> Result<(Vec<Message>, Map<String, Value>, char)> {
+        let said = serde_json::to_value((messages, variables)).expect("messages are plain");
         // Characters that Unicode keeps for such purposes.
-        let mark = ('\u{fdd0}'..='\u{fdef}').find(|&mark| messages.iter().all(|m| !m.content.contains(mark)));
+        let mark = ('\u{fdd0}'..='\u{fdef}').find(|&mark| !any_text(&said, &|text| text.contains(mark)));
         let mark = mark.ok_or_else(|| Error::request("messages", "they hold every character that is no character"))?;
-        let delimiters: Vec<String> =
-            self.delimiters.iter().flat_map(|d| [&d.start, &d.end]).map(|ids| self.tokenizer.decode(ids)).collect();
+        let apart = |text: String| {
+            let first = text.chars().next().expect("not empty").len_utf8();
+            let marked = format!("{}{mark}{}", &text[..first], &text[first..]);
+            (text, marked)
+        };
+        let special: Vec<_> =
+            self.tokenizer.special_tokens().iter().filter(|text| !text.is_empty()).cloned().map(apart).collect();
+        let delimiters = self.delimiters.iter().flat_map(|d| [&d.start, &d.end]).map(|ids| self.tokenizer.decode(ids));
+        let delimiters: Vec<_> = delimiters.filter(|text| !text.is_empty()).map(apart).collect();
         let marked = messages.iter().map(|message| {
-            let mut message = message.clone();
+            let mut message = serde_json::to_value(message).expect("messages are plain");
+            mark_texts(&mut message, &special);
             // Earlier answers are shown with the tags of their thinking, which templates look for.
-            let own: &[String] = if message.role == "assistant" { &[] } else { &delimiters };
-            for text in self.tokenizer.special_tokens().iter().chain(own).filter(|text| !text.is_empty()) {
-                if message.content.contains(text.as_str()) {
-                    let first = text.chars().next().expect("not empty").len_utf8();
-                    let apart = format!("{}{mark}{}", &text[..first], &text[first..]);
-                    message.content = message.content.replace(text.as_str(), &apart);
-                }
+            if message["role"] != "assistant" {
+                mark_texts(&mut message, &delimiters);
             }
-            message
+            serde_json::from_value(message).expect("it was one")
         });
-        Ok((marked.collect(), mark))
+        let marked = marked.collect();
+        let mut variables = Value::Object(variables.clone());
+        mark_texts(&mut variables, &special);
+        mark_texts(&mut variables, &delimiters);
+        let Value::Object(variables) = variables else { unreachable!("made as an object") };
+        Ok((marked, variables, mark))
     }
 
     /// A request as the scheduler takes it, `serial` being its number; and what makes text of its tokens.
@@ -180,6 +198,14 @@ impl Frontend {
             let problem = format!("{} is more than can be generated, {max_generated}", sampling.min_tokens);
             return Err(Error::request("min_tokens", problem));
         }
+        let mut budget_params = budget.validate(self.delimiters.as_ref(), &self.tokenizer, prompt)?;
+        if let Some(params) = &mut budget_params
+            && request.grammar.is_some()
+            && budget.end_string.is_none()
+        {
+            // The usual one may begin the answer ("Final Answer:"), with what no grammar knows.
+            params.end_string.clone_from(&params.close);
+        }
         let setup = SlotSetup {
             slot: 0,
             serial,
@@ -188,11 +214,45 @@ impl Frontend {
             max_length: context,
             eos_ids: self.config.eos_token_ids.clone(),
             sampling: sampling.validate(&self.config.defaults, self.config.vocab_size, &self.config.eos_token_ids)?,
-            budget: budget.validate(self.delimiters.as_ref(), &self.tokenizer, prompt)?,
+            budget: budget_params,
             guided: request.grammar.is_some(),
         };
         let close: String = setup.budget.as_ref().map(|b| self.tokenizer.decode(&b.close)).unwrap_or_default();
         let transcript = Transcript::new(stop.clone(), close).show_stop(*include_stop).hide_special(*hide_special);
         Ok((setup, transcript))
+    }
+}
+
+/// Whether it is so of any string in it.
+fn any_text(value: &Value, is_so: &impl Fn(&str) -> bool) -> bool {
+    match value {
+        Value::String(text) => is_so(text),
+        Value::Array(items) => items.iter().any(|item| any_text(item, is_so)),
+        Value::Object(map) => map.iter().any(|(name, value)| is_so(name) || any_text(value, is_so)),
+        _ => false,
+    }
+}
+
+/// Replaces in every string in it, names of entries as well: a template may print those of a schema.
+fn mark_texts(value: &mut Value, replacements: &[(String, String)]) {
+    let mark = |text: &mut String| {
+        for (plain, marked) in replacements {
+            if text.contains(plain.as_str()) {
+                *text = text.replace(plain.as_str(), marked);
+            }
+        }
+    };
+    match value {
+        Value::String(text) => mark(text),
+        Value::Array(items) => items.iter_mut().for_each(|item| mark_texts(item, replacements)),
+        Value::Object(map) => {
+            let entries = std::mem::take(map).into_iter().map(|(mut name, mut value)| {
+                mark(&mut name);
+                mark_texts(&mut value, replacements);
+                (name, value)
+            });
+            *map = entries.collect();
+        }
+        _ => {}
     }
 }

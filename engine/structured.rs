@@ -22,12 +22,23 @@ pub enum Structure {
     Choice(Vec<String>),
     /// llguidance's dialect of Lark.
     Lark(String),
-    /// Calls of tools alone, or none and an answer, or both ([`Tool`]).
+    /// Calls of tools ([`Tool`]), several if they may be `parallel`.
     Tools {
         tools: Vec<Tool>,
-        required: bool,
+        in_place: InPlace,
         parallel: bool,
     },
+}
+
+/// What may be answered in place of a call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum InPlace {
+    /// There must be a call.
+    Nothing,
+    /// Any text, which may also come before a call.
+    Text,
+    /// JSON by this schema.
+    Json(Value),
 }
 
 /// A function that the model may call. A call is written as the models of Nous Research and Qwen do:
@@ -128,9 +139,7 @@ fn grammar(structure: &Structure) -> TopLevelGrammar {
             TopLevelGrammar::from_lark(format!("start: {}", choices.join(" | ")))
         }
         Structure::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
-        Structure::Tools { tools, required, parallel } => {
-            TopLevelGrammar::from_lark(calls(tools, *required, *parallel))
-        }
+        Structure::Tools { tools, in_place, parallel } => TopLevelGrammar::from_lark(calls(tools, in_place, *parallel)),
     }
 }
 
@@ -144,7 +153,7 @@ fn strict(mut schema: Value) -> Value {
     schema
 }
 
-fn calls(tools: &[Tool], required: bool, parallel: bool) -> String {
+fn calls(tools: &[Tool], in_place: &InPlace, parallel: bool) -> String {
     let call = |tool: &Tool| {
         let properties: Map<String, Value> =
             [("name".into(), json!({"const": tool.name})), ("arguments".into(), tool.parameters.clone())]
@@ -160,10 +169,14 @@ fn calls(tools: &[Tool], required: bool, parallel: bool) -> String {
     let alternatives: Vec<String> = tools.iter().map(|tool| format!("%json {}", call(tool))).collect();
     let more = if parallel { "(\"\\n<tool_call>\\n\" call)*" } else { "" };
     let calls = format!("call {more}\ncall: object \"\\n</tool_call>\"\nobject: {}\n", alternatives.join("\n  | "));
-    match required {
-        true => format!("start: \"<tool_call>\\n\" {calls}"),
+    match in_place {
+        InPlace::Nothing => format!("start: \"<tool_call>\\n\" {calls}"),
+        InPlace::Json(schema) => {
+            let schema = strict(schema.clone());
+            format!("start: \"<tool_call>\\n\" calls | answer\nanswer: %json {schema}\ncalls: {calls}")
+        }
         // Until the words that open a call, an answer is free; at these the first of the two rules wins.
-        false => format!(
+        InPlace::Text => format!(
             "start: before \"\\n\" calls | free\nbefore[suffix=\"<tool_call>\"]: /(?s:.*)/\nfree: /(?s:.*)/\ncalls: {calls}"
         ),
     }

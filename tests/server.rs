@@ -17,15 +17,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
-struct Server {
-    address: SocketAddr,
-    state: Arc<ServerState>,
+pub struct Server {
+    pub address: SocketAddr,
+    pub state: Arc<ServerState>,
     end: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<ponder::Result<()>>>,
 }
 
 impl Server {
-    fn start(engine: Engine, settings: Settings) -> Server {
+    pub fn start(engine: Engine, settings: Settings) -> Server {
         let state = ServerState::new(Service::start(engine), None, settings);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -42,22 +42,22 @@ impl Server {
         Server { address, state, end: Some(end), thread: Some(thread) }
     }
 
-    fn simulated() -> Server {
+    pub fn simulated() -> Server {
         Server::start(simulated_engine(), Settings::default())
     }
 
     /// With the tiny model.
-    fn real() -> Server {
+    pub fn real() -> Server {
         Server::start(modulo::engine(&ThinkingChoice::Auto), Settings::default())
     }
 
     /// What was accepted is finished.
-    fn end(&mut self) -> ponder::Result<()> {
+    pub fn end(&mut self) -> ponder::Result<()> {
         drop(self.end.take());
         self.thread.take().unwrap().join().unwrap()
     }
 
-    fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
+    pub fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let head = format!(
@@ -70,23 +70,23 @@ impl Server {
         stream
     }
 
-    fn get(&self, path: &str) -> Reply {
+    pub fn get(&self, path: &str) -> Reply {
         Reply::read(self.send("GET", path, "", b""))
     }
 
-    fn post(&self, path: &str, body: &Value) -> Reply {
+    pub fn post(&self, path: &str, body: &Value) -> Reply {
         Reply::read(self.send("POST", path, JSON, body.to_string().as_bytes()))
     }
 
     /// The whole answer, which must be one.
-    fn ask(&self, path: &str, body: &Value) -> Value {
+    pub fn ask(&self, path: &str, body: &Value) -> Value {
         let reply = self.post(path, body);
         assert_eq!(reply.status, 200, "{}", reply.text);
         reply.json()
     }
 
     /// The events of a stream, without the last, which must be [DONE].
-    fn stream(&self, path: &str, mut body: Value) -> Vec<Value> {
+    pub fn stream(&self, path: &str, mut body: Value) -> Vec<Value> {
         body["stream"] = true.into();
         let reply = self.post(path, &body);
         assert_eq!(reply.status, 200, "{}", reply.text);
@@ -96,7 +96,7 @@ impl Server {
     }
 
     /// Nothing is left of what was asked.
-    fn wait_until_idle(&self) {
+    pub fn wait_until_idle(&self) {
         let start = Instant::now();
         loop {
             let stats = self.state.service.stats();
@@ -117,18 +117,18 @@ impl Drop for Server {
     }
 }
 
-const JSON: &str = "Content-Type: application/json\r\n";
-const CHAT: &str = "/v1/chat/completions";
-const COMPLETIONS: &str = "/v1/completions";
+pub const JSON: &str = "Content-Type: application/json\r\n";
+pub const CHAT: &str = "/v1/chat/completions";
+pub const COMPLETIONS: &str = "/v1/completions";
 
-struct Reply {
-    status: u16,
-    head: String,
-    text: String,
+pub struct Reply {
+    pub status: u16,
+    pub head: String,
+    pub text: String,
 }
 
 impl Reply {
-    fn read(mut stream: TcpStream) -> Reply {
+    pub fn read(mut stream: TcpStream) -> Reply {
         let mut bytes = Vec::new();
         // A refusal may be followed by a reset, where the body was not read.
         let _ = stream.read_to_end(&mut bytes);
@@ -139,7 +139,7 @@ impl Reply {
         Reply { status, head: head.to_ascii_lowercase(), text: if chunked { unchunked(body) } else { body.into() } }
     }
 
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
     }
 }
@@ -155,8 +155,11 @@ fn unchunked(mut body: &str) -> String {
     text
 }
 
-fn simulated_engine() -> Engine {
-    let frontend = Frontend::open(Path::new(modulo::FOLDER), &ThinkingChoice::Auto).unwrap();
+pub fn simulated_engine() -> Engine {
+    simulated_engine_of(Frontend::open(Path::new(modulo::FOLDER), &ThinkingChoice::Auto).unwrap())
+}
+
+pub fn simulated_engine_of(frontend: Frontend) -> Engine {
     let device = Device::open("sim:h100,instant".parse().unwrap()).unwrap();
     let options = ExecutorOptions { max_slots: 33, pages: Some(120), max_context: Some(1024), ..Default::default() };
     Engine::new(frontend, Weights::Dummy, &device, &options, &mut |_, _| {}).unwrap()

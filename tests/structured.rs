@@ -11,7 +11,7 @@ use ponder::frontend::{Frontend, Request};
 use ponder::model::Weights;
 use ponder::sampling::SamplingRequest;
 use ponder::sequence::{Channel, FinishReason};
-use ponder::structured::{Compiler, Structure, Tool};
+use ponder::structured::{Compiler, InPlace, Structure, Tool};
 use ponder::thinking::ThinkingChoice;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -72,10 +72,10 @@ fn is_person(value: &Value) -> bool {
         && tags.iter().all(|tag| tag.is_null() || tag == "a" || tag == "b")
 }
 
-fn tools(required: bool, parallel: bool) -> Structure {
+fn tools(in_place: InPlace, parallel: bool) -> Structure {
     let tool = |name: &str, parameters| Tool { name: name.into(), parameters };
     let tools = vec![tool("greet", person()), tool("wait", json!({"type": "object", "additionalProperties": false}))];
-    Structure::Tools { tools, required, parallel }
+    Structure::Tools { tools, in_place, parallel }
 }
 
 /// The calls in an answer, and what stands before them.
@@ -116,11 +116,11 @@ fn every_form_holds_whatever_is_said() {
         let depth = answer.find('x').unwrap();
         assert_eq!(answer, format!("{}x{}", "(".repeat(depth), ")".repeat(depth)));
     }
-    for answer in ask(&tools(true, false)) {
+    for answer in ask(&tools(InPlace::Nothing, false)) {
         let (before, calls) = calls(&answer);
         assert!(before.is_empty() && calls.len() == 1 && is_call(&calls[0]), "{answer}");
     }
-    for answer in ask(&tools(true, true)) {
+    for answer in ask(&tools(InPlace::Nothing, true)) {
         let (before, calls) = calls(&answer);
         assert!(before.is_empty() && !calls.is_empty() && calls.iter().all(is_call), "{answer}");
     }
@@ -144,7 +144,7 @@ fn thinking_is_free_and_the_answer_is_not() {
 #[test]
 fn calls_of_tools_may_follow_words() {
     let frontend = frontend();
-    let grammar = compiler().compile("tools", &tools(false, false)).unwrap();
+    let grammar = compiler().compile("tools", &tools(InPlace::Text, false)).unwrap();
     let follow = |text: &str| -> Result<bool, String> {
         let mut guide = grammar.guide();
         let mut said = Vec::new();

@@ -36,3 +36,4 @@ mod simt;
 mod simulator;
 mod structured;
 mod study;
+mod tools;

@@ -6,7 +6,8 @@ use super::fields::Fields;
 use super::generation::GenerationRequest;
 use super::openai::{self, Counts, Head, StreamOptions};
 use super::sse::Events;
-use super::{Dialect, ServerState, parameters};
+use super::tools::{CallParser, Part, Tools};
+use super::{Dialect, ServerState, form, parameters};
 use crate::batch::TokenEvent;
 use crate::engine::Update;
 use crate::sequence::{Answer, Channel, FinishReason};
@@ -24,6 +25,7 @@ pub struct Chat {
     /// Token ids of the answers are to be told.
     ids: bool,
     prompt_logprobs: bool,
+    tools: Option<Tools>,
     choices: Vec<Choice>,
 }
 
@@ -33,14 +35,17 @@ struct Choice {
     counts: Counts,
     started: bool,
     channels: Channels,
+    calls: CallParser,
     /// Of tokens whose text is yet to be sent.
     logprobs: Vec<Value>,
     ids: Vec<u32>,
 }
 
+const ID_PREFIX: &str = "chatcmpl-";
+
 impl Dialect for Chat {
     fn parse(mut fields: Fields, state: &ServerState) -> ApiResult<(GenerationRequest, Chat)> {
-        let head = Head::take(&mut fields, state, "chatcmpl-", "chat.completion")?;
+        let head = Head::take(&mut fields, state, ID_PREFIX, "chat.completion")?;
         let id = head.id.clone();
         let messages = conversation::messages(&mut fields, "messages")?;
         let n = openai::answers(&mut fields)?;
@@ -58,10 +63,18 @@ impl Dialect for Chat {
         request.sampling.logprobs = logprobs.then_some(top.unwrap_or(0));
         let reasoning = fields.boolean("include_reasoning")?.unwrap_or(true);
         let thinking = parameters::thinking(&mut fields, state)?;
+        let form = form::take(&mut fields)?;
+        let tools = Tools::take(&mut fields, state)?;
         let mut unknown = Vec::new();
-        let variables = parameters::template_variables(&thinking, state, &mut unknown)?;
+        let mut variables = parameters::template_variables(&thinking, state, &mut unknown)?;
         unknown.extend(fields.unknown()?);
         request.budget = thinking.budget;
+        let form = match &tools {
+            Some(tools) => tools.form(form)?,
+            None => form,
+        };
+        request.grammar = state.grammar(form)?;
+        variables.extend(tools.iter().map(|tools| ("tools".into(), tools.list.clone())));
         let prompt = state.service.frontend().encode_chat_with(&messages, &variables)?;
         let chat = Chat {
             service: state.service.clone(),
@@ -72,6 +85,7 @@ impl Dialect for Chat {
             reasoning,
             ids,
             prompt_logprobs: request.sampling.prompt_logprobs.is_some(),
+            tools,
             choices: (0..n).map(|_| Choice::default()).collect(),
         };
         Ok((GenerationRequest { id, prompts: vec![prompt], n, request, stream: options.stream, unknown }, chat))
@@ -94,15 +108,23 @@ impl Dialect for Chat {
         }
         for piece in &update.text {
             let Some((channel, text)) = self.choices[index].channels.show(piece) else { continue };
-            let names: &[&str] = match channel {
-                Channel::Reasoning if !self.reasoning => continue,
-                Channel::Reasoning => &["reasoning", "reasoning_content"],
-                _ => &["content"],
-            };
-            let delta = names.iter().map(|name| (name.to_string(), text.into())).collect();
-            self.chunk(index, delta, piece.injected, None, events);
+            match channel {
+                Channel::Reasoning if !self.reasoning => {}
+                Channel::Reasoning => {
+                    let names = ["reasoning", "reasoning_content"];
+                    let delta = names.map(|name| (name.to_string(), text.into())).into_iter().collect();
+                    self.chunk(index, delta, piece.injected, None, events);
+                }
+                _ if self.tools.is_some() => {
+                    let parts = self.choices[index].calls.push(text);
+                    self.send_parts(index, parts, events);
+                }
+                _ => self.send_content(index, text, piece.injected, events),
+            }
         }
         if update.finish.is_some() {
+            let rest = self.choices[index].calls.finish();
+            self.send_parts(index, rest, events);
             self.chunk(index, Map::new(), false, Some(&update), events);
         }
     }
@@ -127,7 +149,7 @@ impl Dialect for Chat {
             if let Some(last) = answer.tokens.last() {
                 self.choices[index].counts = Counts::of(last);
             }
-            let mut message = json!({"role": "assistant", "content": conversation::text(answer, Channel::Answer)});
+            let mut message = self.message(index, conversation::text(answer, Channel::Answer));
             let reasoning = conversation::text(answer, Channel::Reasoning);
             if self.reasoning && !reasoning.is_empty() {
                 message["reasoning"] = reasoning.as_str().into();
@@ -139,7 +161,7 @@ impl Dialect for Chat {
                 "index": index,
                 "message": message,
                 "logprobs": logprobs.map(|content| json!({"content": content})),
-                "finish_reason": answer.finish.map(FinishReason::name),
+                "finish_reason": answer.finish.map(|finish| self.finish_reason(index, finish)),
                 "stop_reason": answer.stop_string,
             });
             if self.ids {
@@ -159,6 +181,67 @@ impl Dialect for Chat {
 }
 
 impl Chat {
+    fn send_content(&mut self, index: usize, text: &str, injected: bool, events: &mut Events) {
+        self.chunk(index, Map::from_iter([("content".into(), text.into())]), injected, None, events);
+    }
+
+    /// A call goes out when it is complete.
+    fn send_parts(&mut self, index: usize, parts: Vec<Part>, events: &mut Events) {
+        // Calls before these.
+        let calls = parts.iter().filter(|part| matches!(part, Part::Call { .. })).count();
+        let mut number = self.choices[index].calls.calls - calls;
+        for part in parts {
+            match part {
+                Part::Text(text) => self.send_content(index, &text, false, events),
+                Part::Call { name, arguments } => {
+                    let mut call = self.call(index, number, name, arguments);
+                    call["index"] = number.into();
+                    number += 1;
+                    self.chunk(index, Map::from_iter([("tool_calls".into(), json!([call]))]), false, None, events);
+                }
+            }
+        }
+    }
+
+    fn call(&self, index: usize, number: usize, name: String, arguments: String) -> Value {
+        let response = self.head.id.strip_prefix(ID_PREFIX).expect("it begins so");
+        json!({
+            "id": format!("call_{response}_{index}_{number}"),
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        })
+    }
+
+    fn message(&mut self, index: usize, text: String) -> Value {
+        if self.tools.is_none() {
+            return json!({"role": "assistant", "content": text});
+        }
+        let parser = &mut self.choices[index].calls;
+        let mut parts = parser.push(&text);
+        parts.extend(parser.finish());
+        let (mut content, mut calls) = (String::new(), Vec::new());
+        for part in parts {
+            match part {
+                Part::Text(text) => content += &text,
+                Part::Call { name, arguments } => calls.push(self.call(index, calls.len(), name, arguments)),
+            }
+        }
+        match calls.is_empty() {
+            true => json!({"role": "assistant", "content": content}),
+            false => {
+                let content = Some(content).filter(|content| !content.is_empty());
+                json!({"role": "assistant", "content": content, "tool_calls": calls})
+            }
+        }
+    }
+
+    fn finish_reason(&self, index: usize, finish: FinishReason) -> &'static str {
+        match &self.tools {
+            Some(tools) if finish == FinishReason::Stop && self.choices[index].calls.calls > 0 => tools.finish_reason(),
+            _ => finish.name(),
+        }
+    }
+
     fn chunk(
         &mut self,
         index: usize,
@@ -167,6 +250,7 @@ impl Chat {
         last: Option<&Update>,
         events: &mut Events,
     ) {
+        let finish = last.and_then(|update| update.finish).map(|finish| self.finish_reason(index, finish));
         let choice = &mut self.choices[index];
         if !choice.started {
             choice.started = true;
@@ -181,7 +265,7 @@ impl Chat {
             "index": index,
             "delta": delta,
             "logprobs": self.logprobs.then(|| json!({"content": logprobs})),
-            "finish_reason": last.and_then(|update| update.finish).map(FinishReason::name),
+            "finish_reason": finish,
         });
         if self.ids {
             json["token_ids"] = ids.into();

@@ -6,7 +6,7 @@ use super::fields::{Fields, token_ids};
 use super::generation::{GenerationRequest, MAX_PROMPTS};
 use super::openai::{self, Counts, Head, StreamOptions};
 use super::sse::Events;
-use super::{Dialect, ServerState, parameters};
+use super::{Dialect, ServerState, form, parameters};
 use crate::batch::Score;
 use crate::engine::Update;
 use crate::sequence::{Answer, FinishReason};
@@ -78,6 +78,7 @@ impl Dialect for Completion {
         let echoed = logprobs.filter(|_| echo);
         request.sampling.prompt_logprobs = asked.max(echoed);
         request.budget = parameters::thinking(&mut fields, state)?.budget;
+        request.grammar = state.grammar(form::take(&mut fields)?)?;
         let unknown = fields.unknown()?;
         let completion = Completion {
             service: state.service.clone(),

@@ -3,6 +3,7 @@
 
 use super::errors::{ApiError, ApiResult};
 use super::fields::Fields;
+use super::tools::{self, Tools};
 use super::{ServerState, parameters};
 use crate::chat::Message;
 use crate::sequence::{Answer, Channel, Piece};
@@ -15,7 +16,8 @@ const MAX_MESSAGES: usize = 4096;
 pub fn prompt(mut fields: Fields, state: &ServerState) -> ApiResult<Vec<u32>> {
     let messages = messages(&mut fields, "messages")?;
     let thinking = parameters::thinking(&mut fields, state)?;
-    let variables = parameters::template_variables(&thinking, state, &mut Vec::new())?;
+    let mut variables = parameters::template_variables(&thinking, state, &mut Vec::new())?;
+    variables.extend(Tools::take(&mut fields, state)?.map(|tools| ("tools".into(), tools.list)));
     Ok(state.service.frontend().encode_chat_with(&messages, &variables)?)
 }
 
@@ -39,10 +41,19 @@ fn message(path: &str, value: Value) -> ApiResult<Message> {
         Some(Value::String(role)) if ["system", "user", "assistant", "tool"].contains(&role.as_str()) => role,
         _ => return Err(wrong(".role", "none of system, developer, user, assistant and tool")),
     };
+    let calls =
+        tools::earlier_calls(&format!("{path}.tool_calls"), map.shift_remove("tool_calls").unwrap_or_default())?;
     let (content, thought) = content(&format!("{path}.content"), map.shift_remove("content"))?;
     let said = |name: &str| map.get(name).and_then(|value| value.as_str()).map(String::from);
     let reasoning_content = said("reasoning_content").or(said("reasoning")).or(thought).filter(|_| role == "assistant");
-    Ok(Message { reasoning_content, ..Message::new(&role, content) })
+    let tool_call_id = said("tool_call_id");
+    Ok(Message {
+        reasoning_content,
+        tool_calls: calls,
+        tool_call_id,
+        name: said("name"),
+        ..Message::new(&role, content)
+    })
 }
 
 /// A string or parts of text, and what parts of thinking say.

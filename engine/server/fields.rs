@@ -5,7 +5,7 @@ use super::errors::{ApiError, ApiResult};
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Fields {
     map: Map<String, Value>,
     /// What stands before the names of these fields in messages: "thinking.".
@@ -28,12 +28,13 @@ impl Fields {
         }
     }
 
-    fn name(&self, name: &str) -> String {
+    /// As messages call it.
+    pub fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 
     pub fn error(&self, name: &str, problem: impl std::fmt::Display) -> ApiError {
-        ApiError::field(self.name(name), problem)
+        ApiError::field(self.path(name), problem)
     }
 
     /// The value of a field, which is taken out. null is as good as absent.
@@ -83,7 +84,7 @@ impl Fields {
     }
 
     pub fn object(&mut self, name: &str) -> ApiResult<Option<Fields>> {
-        let prefix = self.name(name) + ".";
+        let prefix = self.path(name) + ".";
         self.typed(name, "an object", |value| match value {
             Value::Object(map) => Some(Fields { map, prefix }),
             _ => None,
@@ -167,7 +168,7 @@ impl Fields {
                                reasoning_effort and thinking.budget_tokens";
                 return Err(self.error(&path, problem));
             }
-            names.push(self.name(name).chars().take(64).collect());
+            names.push(self.path(name).chars().take(64).collect());
         }
         Ok(names)
     }

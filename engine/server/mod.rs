@@ -10,6 +10,7 @@ mod completions;
 mod conversation;
 mod errors;
 mod fields;
+mod form;
 mod generation;
 mod information;
 mod listener;
@@ -20,15 +21,18 @@ mod page;
 mod parameters;
 mod responses;
 mod sse;
+mod tools;
 
 pub use errors::ApiError;
 pub use listener::serve;
 pub use parameters::EffortTable;
 
 use crate::engine::{RequestId, Update};
+use crate::guide::Grammar;
 use crate::kernels::params::PAGE_TOKENS;
 use crate::sequence::{Answer, FinishReason};
 use crate::service::Service;
+use crate::structured::Compiler;
 use crate::telemetry::Telemetry;
 use axum::Router;
 use axum::body::Bytes;
@@ -39,13 +43,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use errors::ApiResult;
 use fields::Fields;
+use form::Form;
 use generation::{Generation, GenerationRequest};
 use metrics::Metrics;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
 
@@ -116,6 +121,8 @@ pub struct ServerState {
     /// Bodies being parsed and encoded.
     parsing: Semaphore,
     unknown_fields: Mutex<HashMap<String, u64>>,
+    /// Made when the first answer of a given form is asked for.
+    compiler: OnceLock<Compiler>,
     phase: watch::Sender<Phase>,
 }
 
@@ -144,6 +151,7 @@ impl ServerState {
             next_number: AtomicU64::new(0),
             parsing: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
             unknown_fields: Mutex::default(),
+            compiler: OnceLock::new(),
             phase: watch::Sender::new(Phase::Serving),
         })
     }
@@ -203,6 +211,23 @@ impl ServerState {
         let Some(answers) = running.get(id) else { return false };
         answers.iter().for_each(|&answer| self.service.end_thinking(answer));
         true
+    }
+
+    /// What guides an answer to be of this form.
+    ///
+    /// # Errors
+    /// A form that cannot be guaranteed, named by its field.
+    fn grammar(&self, form: Option<Form>) -> ApiResult<Option<Grammar>> {
+        let Some((field, structure)) = form else { return Ok(None) };
+        let compiler = match self.compiler.get() {
+            Some(compiler) => compiler,
+            None => {
+                let frontend = self.service.frontend();
+                let made = Compiler::new(&frontend.tokenizer, &frontend.config.eos_token_ids)?;
+                self.compiler.get_or_init(|| made)
+            }
+        };
+        Ok(Some(compiler.compile(field, &structure)?))
     }
 
     /// A number that nobody can tell before.

@@ -6,7 +6,7 @@ use super::fields::Fields;
 use super::generation::GenerationRequest;
 use super::openai::{self, Counts};
 use super::sse::Events;
-use super::{Dialect, ServerState, parameters};
+use super::{Dialect, ServerState, form, parameters};
 use crate::chat::Message;
 use crate::engine::Update;
 use crate::sequence::{Answer, Channel, FinishReason};
@@ -41,10 +41,9 @@ impl Dialect for Responses {
         request.max_tokens = fields.count("max_output_tokens", parameters::MOST_TOKENS)?;
         if let Some(mut text) = fields.object("text")? {
             text.take("verbosity");
-            if let Some(mut format) = text.object("format")?
-                && format.string("type")?.is_some_and(|kind| kind != "text")
-            {
-                return Err(format.error("type", "only text"));
+            if let Some(format) = text.object("format")? {
+                let form = form::json_format(format, false)?.map(|structure| ("text.format", structure));
+                request.grammar = state.grammar(form)?;
             }
         }
         if fields.string("truncation")?.is_some_and(|kind| kind != "disabled") {
