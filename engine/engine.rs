@@ -7,7 +7,7 @@ use crate::Result;
 use crate::batch::{Finish, TokenEvent};
 use crate::blocks::PageHash;
 use crate::device::Device;
-use crate::executor::{ExecutorOptions, KernelCost};
+use crate::executor::{ExecutorOptions, KernelCost, MemoryPlan};
 use crate::frontend::{Frontend, Request};
 use crate::guide::GuidedAnswer;
 use crate::model::Weights;
@@ -57,6 +57,11 @@ impl Engine {
         let stepper = Stepper::new(&frontend.config, frontend.tokenizer.traits(), weights, device, options, progress)?;
         let frontend = Arc::new(frontend);
         Ok(Engine { texts: Texts::new(frontend.clone()), frontend, stepper, next_serial: 0 })
+    }
+
+    /// What takes the device's memory.
+    pub fn memory(&self) -> &MemoryPlan {
+        self.stepper.memory()
     }
 
     /// Longest sequence: prompt and answer.

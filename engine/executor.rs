@@ -104,8 +104,7 @@ impl Default for ExecutorOptions {
     }
 }
 
-/// What takes device memory, decided before anything is allocated. Sizes in bytes, exact but for what the driver rounds up and
-/// what it makes of recorded steps, which lie in what is left.
+/// What takes device memory, decided before anything is allocated. Sizes in bytes, exact but for what the driver rounds up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
     pub slots: u32,
@@ -120,6 +119,8 @@ pub struct MemoryPlan {
     pub workspace: u64,
     /// What the sampler knows of sequences, and their block tables.
     pub slot_states: u64,
+    /// What the driver makes of recorded steps, in what is left by the others: known when they have been recorded.
+    pub graphs: Option<u64>,
     /// In pinned host memory.
     pub ring: u64,
     pub free: u64,
@@ -196,12 +197,13 @@ impl MemoryPlan {
             kv_cache: u64::from(pages) * page_bytes,
             workspace: workspace(context),
             slot_states: slot_states(context),
+            graphs: None,
             ring: size_of::<TokenRing>() as u64,
             free,
         })
     }
 
-    /// Of the device's memory.
+    /// Of the device's memory, but for recorded steps.
     pub fn bytes(&self) -> u64 {
         self.weights + self.kv_cache + self.workspace + self.slot_states
     }
@@ -379,10 +381,14 @@ impl Executor {
             launch_calls: 0,
         };
         if options.graphs && !options.profile {
+            let (before, _) = device.memory()?;
             for bucket in BUCKETS {
                 let graphs = executor.record(bucket)?;
                 executor.graphs.push(graphs);
             }
+            let (after, _) = device.memory()?;
+            // The host target's lists are not in its memory, whose free bytes others change.
+            executor.plan.graphs = Some(if device.is_host() { 0 } else { before.saturating_sub(after) });
         }
         device.synchronize()?;
         Ok(executor)

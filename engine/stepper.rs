@@ -168,6 +168,11 @@ impl Stepper {
         })
     }
 
+    /// What takes the device's memory.
+    pub fn memory(&self) -> &MemoryPlan {
+        self.runner.plan()
+    }
+
     /// Longest sequence: prompt and answer.
     pub fn context(&self) -> u32 {
         self.runner.plan().context

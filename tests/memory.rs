@@ -29,6 +29,8 @@ fn what_is_planned_is_allocated() {
         let engine = Engine::new(frontend, (&checkpoint).into(), &device, &options, &mut |_, _| {}).unwrap();
         assert_eq!(device.allocated(), plan.bytes(), "{options:?}: {plan:?}");
         assert_eq!(engine.context(), plan.context);
+        let graphs = options.graphs.then_some(0);
+        assert_eq!(*engine.memory(), MemoryPlan { graphs, free: engine.memory().free, ..plan }, "kept to");
         drop(engine);
         assert_eq!(device.allocated(), 0, "given back");
     }

@@ -99,6 +99,22 @@ pub fn memory(plan: &MemoryPlan) -> String {
     text += &line("workspace", plan.workspace, format!(": {} prompt tokens in a step", plan.prefill_chunk));
     text += &line("slots", plan.slot_states, format!(": {} sequences at a time", plan.slots - 1));
     text += &line("together", plan.bytes(), String::new());
-    text += &line("free before", plan.free, "; recorded steps take some of the rest".into());
+    text +=
+        &line("free before", plan.free, "; recorded steps take some of the rest, which is said when they are".into());
     text + &line("host memory", plan.ring, ": the ring of tokens".into())
+}
+
+/// The same in one line, for those that go on to do something.
+pub fn memory_line(plan: &MemoryPlan) -> String {
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
+    format!(
+        "memory: weights {}, KV cache {} ({} pages), workspace {}, slots {}, recorded steps {}; {} were free",
+        mib(plan.weights),
+        mib(plan.kv_cache),
+        plan.pages - 1,
+        mib(plan.workspace),
+        mib(plan.slot_states),
+        plan.graphs.map_or("none".into(), mib),
+        mib(plan.free)
+    )
 }

@@ -20,6 +20,7 @@ use crate::frontend::Frontend;
 use crate::model::Weights;
 use crate::telemetry::Telemetry;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
 
 pub fn run(args: Args) -> Result<()> {
     match args.command {
@@ -48,7 +49,7 @@ fn checkpoint(args: &SourceArgs) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// Loads the weights, with a progress bar if somebody is watching.
+/// Loads the weights, with a progress bar if somebody is watching, and says what memory is taken.
 fn load(
     frontend: Frontend,
     checkpoint: Option<&Checkpoint>,
@@ -64,7 +65,14 @@ fn load(
         bar.set_position(done);
     });
     bar.finish_and_clear();
-    engine
+    let engine = engine?;
+    let memory = inspect::memory_line(engine.memory());
+    if tracing::enabled!(tracing::Level::INFO) {
+        tracing::info!("{memory}");
+    } else if std::io::stderr().is_terminal() {
+        eprintln!("{memory}");
+    }
+    Ok(engine)
 }
 
 fn options(args: &ModelArgs) -> ExecutorOptions {
