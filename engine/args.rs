@@ -155,6 +155,8 @@ pub enum BenchCommand {
     Host(HostBenchArgs),
     /// Ignored ends of thinking: one request against s1's loop of N + 2 calls, which gives the same tokens.
     Budget(BudgetBenchArgs),
+    /// How well the model foresees a text: what a quantisation costs, as a number.
+    Perplexity(PerplexityArgs),
     /// Requests that start together: time to the first token, time for each further one. Prompts are random token ids.
     Latency(LatencyArgs),
     /// Many requests at once: tokens per second. Prompts are random token ids.
@@ -210,6 +212,24 @@ pub struct BudgetBenchArgs {
     /// What the model is asked.
     #[arg(long, value_name = "TEXT", default_value = "Find x with 7x + 4 = 1 (mod 11).")]
     pub question: String,
+    /// Write the results to a file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Group)]
+pub struct PerplexityArgs {
+    /// A text, UTF-8.
+    #[arg(value_name = "FILE", index = 2)]
+    pub file: PathBuf,
+    /// Tokens that are computed together [default: 2048, or as many as the model or the KV cache has room for].
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+    /// How far one window is from the next; so many tokens of each are judged [default: half of the context].
+    #[arg(long, value_name = "TOKENS")]
+    pub stride: Option<usize>,
     /// Write the results to a file, too.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

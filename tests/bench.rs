@@ -224,6 +224,57 @@ fn latency_and_throughput_need_only_a_config() {
     assert!((total / output - 26.0 / 6.0).abs() < 1e-9, "20 prompt tokens for 6 others: {output} and {total}");
 }
 
+/// Against Hugging Face in float32, in the same windows.
+#[test]
+fn perplexity_is_hugging_faces() {
+    let fixtures: Value =
+        serde_json::from_slice(&std::fs::read(format!("{}/fixtures.json", crate::modulo::FOLDER)).unwrap()).unwrap();
+    let expected = &fixtures["perplexity"];
+    let file = std::env::temp_dir().join(format!("ponder-perplexity-{}.txt", std::process::id()));
+    std::fs::write(&file, expected["text"].as_str().unwrap()).unwrap();
+    let (context, stride) = (expected["context"].to_string(), expected["stride"].to_string());
+    let file = file.to_str().unwrap();
+    let windows = ["perplexity", crate::modulo::FOLDER, file, "--context", &context, "--stride", &stride];
+    let (table, json) = bench("perplexity", &windows);
+    assert_eq!(json["schema"], "ponder-bench-perplexity");
+    let results = &json["results"];
+    assert_eq!(results["tokens"], expected["tokens"]);
+    for name in ["perplexity", "bits_per_byte"] {
+        let (got, wanted) = (number(&results[name]), number(&expected[name]));
+        assert!((got / wanted - 1.0).abs() < 0.01, "{name}: {got}, and in float32 {wanted}");
+    }
+    assert!(table.contains("perplexity") && table.contains("bits per byte"), "{table}");
+    let refused = |more: [&str; 2], words: &str| {
+        let output = ponder(&[&["bench"], &windows[..3], &more].concat(), b"");
+        let problem = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && problem.contains(words), "{more:?}: {problem}");
+    };
+    refused(["--context", "100000"], "--context 100000");
+    refused(["--stride", "0"], "--stride 0");
+    std::fs::write(file, "x").unwrap();
+    refused(["--context", "8"], "two");
+    std::fs::remove_file(file).unwrap();
+}
+
+#[test]
+fn every_token_is_judged_once() {
+    use ponder::bench::perplexity::windows;
+    for tokens in 2..60 {
+        for context in 2..12 {
+            for stride in 1..context {
+                let mut known = 1;
+                for window in windows(tokens, context, stride) {
+                    assert!(window.end - window.begin <= context && window.judged > 0);
+                    assert_eq!(window.end - window.judged, known, "{tokens} {context} {stride}");
+                    assert!(known - window.begin >= (context - stride).min(known), "what comes before is there");
+                    known = window.end;
+                }
+                assert_eq!(known, tokens);
+            }
+        }
+    }
+}
+
 /// The bench itself fails where the loop gives other tokens.
 #[test]
 fn one_request_prefills_less_than_the_loop() {

@@ -2,13 +2,13 @@
 
 use super::output::Printer;
 use crate::args::{
-    BenchArgs, BenchCommand, BudgetBenchArgs, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, ServeBenchArgs,
-    ThroughputArgs,
+    BenchArgs, BenchCommand, BudgetBenchArgs, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, PerplexityArgs,
+    ServeBenchArgs, ThroughputArgs,
 };
 use crate::bench::kernels::{self, Measurement};
 use crate::bench::load::{self, Load};
 use crate::bench::serve::{self, Arrival};
-use crate::bench::{Report, Roofline, budget, host};
+use crate::bench::{Report, Roofline, budget, host, perplexity};
 use crate::chat::Message;
 use crate::device::Device;
 use crate::executor::ExecutorOptions;
@@ -16,7 +16,7 @@ use crate::frontend::Frontend;
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::thinking::ThinkingChoice;
 use crate::{Error, Result};
-use indicatif::{ProgressBar, ProgressDrawTarget};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -24,6 +24,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Kernels(args) => kernels(args),
         BenchCommand::Host(args) => host_work(args),
         BenchCommand::Budget(args) => thinking_budget(args),
+        BenchCommand::Perplexity(args) => text_perplexity(args),
         BenchCommand::Latency(args) => latency(args),
         BenchCommand::Throughput(args) => throughput(args),
         BenchCommand::Serve(args) => serve(args),
@@ -83,6 +84,35 @@ fn thinking_budget(args: &BudgetBenchArgs) -> Result<()> {
     let mut report = Report::new("ponder-bench-budget", &device, results);
     let decode_loop = args.model.source.decode_loop.name();
     report.args = Some(json!({"model": args.model.source.path, "question": args.question, "decode_loop": decode_loop}));
+    args.json.as_ref().map_or(Ok(()), |path| report.save(path))
+}
+
+fn text_perplexity(args: &PerplexityArgs) -> Result<()> {
+    let text = std::fs::read_to_string(&args.file).map_err(|e| Error::io(&args.file, e))?;
+    let (frontend, checkpoint, device) = super::open(&args.model)?;
+    let tokens = frontend.tokenizer.encode(&text)?;
+    let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
+    let context = args.context.unwrap_or(2048.min(engine.context() as usize - 1));
+    let stride = args.stride.unwrap_or(context / 2);
+    let bar = ProgressBar::with_draw_target(Some(tokens.len() as u64), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("judging {bar:40} {pos} of {len} tokens, {per_sec}, {eta} left");
+    bar.set_style(style.expect("a valid template"));
+    let measured = perplexity::run(&mut engine, &tokens, context, stride, &mut |judged| bar.set_position(judged))?;
+    bar.finish_and_clear();
+    let mut printer = Printer::new();
+    printer.write(&format!(
+        "{}\n{} tokens of {}, in windows of {context}, {stride} apart\nperplexity {:.4} +- {:.4}, {:.4} bits per byte; {:.1} s\n",
+        device.describe(),
+        measured.tokens,
+        args.file.display(),
+        measured.perplexity,
+        measured.standard_error,
+        measured.bits_per_byte,
+        measured.seconds
+    ))?;
+    let mut report = Report::new("ponder-bench-perplexity", &device, measured);
+    report.args =
+        Some(json!({"model": args.model.source.path, "file": args.file, "context": context, "stride": stride}));
     args.json.as_ref().map_or(Ok(()), |path| report.save(path))
 }
 

@@ -4,13 +4,15 @@
 
 By Hugging Face transformers in float32 on the stored bf16 weights, eager attention, on the CPU (about half an hour).
 fixtures.json: for each prompt of the fixtures.json beside this script, its ids, the last position's logits, 64 greedy tokens
-(not stopping at the end of sequence), and by how much the logit of each was above the next best; numbers to 4 decimals.
+(not stopping at the end of sequence), and by how much the logit of each was above the next best; numbers to 4 decimals. And the
+perplexity of the prompts and what follows them, in overlapping windows.
 scores.json: 64 problems answered by s1's way at several budgets, at temperature 0: the share that was right, and the mean
 number of thinking tokens. Needs torch and transformers; not needed to build or test.
 """
 
 import argparse
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -26,6 +28,7 @@ SEED = 12345
 # (maximum, ends ignored)
 BUDGETS = [(0, 0), (64, 4), (128, 4), (256, 4), (384, 4), (512, 4), (1024, 0), (1024, 1), (1024, 2), (1024, 3)]
 ANSWER_TOKENS = 16
+CONTEXT, STRIDE = 60, 25
 
 
 @torch.inference_mode()
@@ -57,6 +60,28 @@ def case(model, tokenizer, text):
         "last_logits": [round(x, 4) for x in logits.tolist()],
         "greedy_ids": made,
         "margin": [round(x, 4) for x in margins],
+    }
+
+
+@torch.inference_mode()
+def perplexity(model, tokenizer, text):
+    """Each token is judged once, in the first window that holds it; the first token of all is not."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    surprise, known, begin = 0.0, 1, 0
+    while known < len(ids):
+        window = ids[begin : begin + CONTEXT]
+        logprobs = model(input_ids=torch.tensor([window])).logits[0].log_softmax(-1)
+        for i in range(known, begin + len(window)):
+            surprise -= logprobs[i - begin - 1, ids[i]].item()
+        known, begin = begin + len(window), begin + STRIDE
+    tokens, size = len(ids) - 1, len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    return {
+        "text": text,
+        "context": CONTEXT,
+        "stride": STRIDE,
+        "tokens": tokens,
+        "perplexity": round(math.exp(surprise / tokens), 5),
+        "bits_per_byte": round(surprise / math.log(2) / size, 5),
     }
 
 
@@ -124,6 +149,8 @@ def main():
     ).eval()
     fixtures = json.loads(Path(__file__).with_name("fixtures.json").read_text())
     fixtures["cases"] = [case(model, tokenizer, c["text"]) for c in fixtures["cases"]]
+    told = [tokenizer.decode(c["prompt_ids"] + c["greedy_ids"]) for c in fixtures["cases"][:4]]
+    fixtures["perplexity"] = perplexity(model, tokenizer, "".join(told))
     (folder / "fixtures.json").write_text(json.dumps(fixtures) + "\n")
     (folder / "scores.json").write_text(json.dumps(scores(model, tokenizer), indent=1) + "\n")
 
