@@ -226,6 +226,8 @@ pub struct TokenEvent {
     pub generated: u32,
     pub ignores_used: u32,
     pub reasoning_tokens: u32,
+    /// Tokens of the prompt whose keys and values were found computed when it was admitted. The device does not know of them.
+    pub found_tokens: u32,
     /// Natural log; before temperature, after bias, masks and penalties.
     pub logprob: f32,
     /// The most likely tokens, best first.

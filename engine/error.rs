@@ -15,6 +15,8 @@ pub enum Error {
     Usage(String),
     /// A device that is absent or too small.
     Device(String),
+    /// It has served and cannot any more: why.
+    Engine(String),
     /// The output cannot be written.
     Output(std::io::Error),
     /// The driver reported an error. Sticky: the process must stop.
@@ -41,7 +43,7 @@ impl Error {
     /// Process exit code: 2 where the user can mend the input, 1 where the machine failed.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Cuda { .. } | Error::Kernel(_) | Error::Output(_) => 1,
+            Error::Cuda { .. } | Error::Kernel(_) | Error::Engine(_) | Error::Output(_) => 1,
             _ => 2,
         }
     }
@@ -55,6 +57,7 @@ impl std::fmt::Display for Error {
             Error::Request { parameter, problem } => write!(f, "{parameter}: {problem}"),
             Error::Usage(problem) => write!(f, "{problem}"),
             Error::Device(problem) => write!(f, "{problem}"),
+            Error::Engine(problem) => write!(f, "the engine has stopped: {problem}"),
             Error::Output(error) => write!(f, "cannot write the output: {error}"),
             Error::Cuda { call, problem } => write!(f, "CUDA {call} failed: {problem}"),
             Error::Kernel(problem) => write!(f, "kernel error: {problem}"),

@@ -19,6 +19,8 @@ pub struct Frontend {
     folder: PathBuf,
     pub config: ModelConfig,
     pub tokenizer: Tokenizer,
+    /// Bytes.
+    longest_token: usize,
     template: Option<ChatTemplate>,
     /// None: the model does not think, or is not to.
     pub delimiters: Option<Delimiters>,
@@ -61,7 +63,8 @@ impl Frontend {
         let tokenizer = Tokenizer::load(folder, config.vocab_size)?;
         let template = ChatTemplate::load(folder)?;
         let delimiters = Delimiters::resolve(thinking, folder, &tokenizer)?;
-        Ok(Frontend { folder: folder.into(), config, tokenizer, template, delimiters })
+        let longest_token = tokenizer.longest_token();
+        Ok(Frontend { folder: folder.into(), config, tokenizer, longest_token, template, delimiters })
     }
 
     /// For benches: of the folder only config.json is read. Prompts are token ids.
@@ -71,12 +74,35 @@ impl Frontend {
     pub fn without_text(folder: &Path) -> Result<Frontend> {
         let config = load_config(folder)?;
         let tokenizer = Tokenizer::without_text(config.vocab_size);
-        Ok(Frontend { folder: folder.into(), config, tokenizer, template: None, delimiters: None })
+        Ok(Frontend { folder: folder.into(), config, tokenizer, longest_token: 1, template: None, delimiters: None })
     }
 
     /// Names that the chat template reads and does not set itself.
     pub fn template_variables(&self) -> HashSet<String> {
         self.template.as_ref().map(ChatTemplate::variables).unwrap_or_default()
+    }
+
+    /// A prompt as it is; special tokens in it are such.
+    ///
+    /// # Errors
+    /// More than could fit into any context: it is not even tokenised, which takes a hundred times its memory.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.check_length(text)?;
+        self.tokenizer.encode(text)
+    }
+
+    fn check_length(&self, text: &str) -> Result<()> {
+        // Some tokenizers drop spaces, or make one character of several.
+        const SHRINKS: usize = 4;
+        let context = self.config.max_position_embeddings;
+        match text.len() > SHRINKS * context.saturating_mul(self.longest_token) {
+            true => {
+                let problem =
+                    format!("{} bytes leave no room for an answer in a context of {context} tokens", text.len());
+                Err(Error::request("prompt", problem + ": shorten it"))
+            }
+            false => Ok(()),
+        }
     }
 
     /// Whether the chat template tells the model of tools, and shows calls of them in this tag.
@@ -109,7 +135,9 @@ impl Frontend {
         let mut variables = variables;
         variables.entry("enable_thinking").or_insert(self.delimiters.is_some().into());
         let mut ids = Vec::new();
-        for part in template.render(&messages, true, &variables)?.split(mark) {
+        let text = template.render(&messages, true, &variables)?;
+        self.check_length(&text)?;
+        for part in text.split(mark) {
             ids.extend(self.tokenizer.encode(part)?);
         }
         ids.extend(self.delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));

@@ -6,6 +6,10 @@ use ponder::args::Args;
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
+/// glibc's keeps what a flood of large requests has needed, in an arena for each thread.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     match ponder::commands::run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -92,6 +92,8 @@ struct Sequence {
     stage: Stage,
     /// Tokens of the prompt.
     prompt: u32,
+    /// Of those, found computed when it was first admitted.
+    found: Option<u32>,
     /// Most tokens to generate.
     most: u32,
     /// Tokens generated, or to come from a step in flight unless the sequence pauses before.
@@ -239,6 +241,7 @@ impl Scheduler {
             fork_of,
             stage: Stage::Out,
             prompt,
+            found: None,
             most,
             launched: 0,
             thought: 0,
@@ -299,8 +302,9 @@ impl Scheduler {
         sequence.next_draw = Draw::Masked(allowed);
     }
 
-    /// Takes note of a token. False when it ran past the end: its sequence has ended already.
-    pub fn received(&mut self, event: &TokenEvent) -> bool {
+    /// Takes note of a token, and tells it what only the scheduler knows. False when it ran past the end: its sequence has ended
+    /// already.
+    pub fn received(&mut self, event: &mut TokenEvent) -> bool {
         let seat = self.seats[event.slot as usize].as_mut();
         let Some(sequence) = seat.filter(|s| s.rank.serial == event.serial) else {
             return false;
@@ -311,6 +315,7 @@ impl Scheduler {
             self.end(event.slot);
             return true;
         }
+        event.found_tokens = sequence.found.unwrap_or(0);
         // The step that made this token has put those before it into the cache.
         let cached = sequence.tokens.len() as u32;
         sequence.tokens.push(event.token);
@@ -469,6 +474,7 @@ impl Scheduler {
         };
         sequence.stage = if done == sequence.prefilled() { Stage::Decode } else { Stage::Prefill(done) };
         self.holders += 1;
+        sequence.found.get_or_insert(done);
         self.counters.found_tokens += u64::from(done);
         Some(slot)
     }

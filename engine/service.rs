@@ -43,7 +43,7 @@ struct Progress {
 
 /// The error of whoever asks something of an engine that has failed.
 fn stopped(problem: &str) -> Error {
-    Error::Device(format!("the engine has stopped: {problem}"))
+    Error::Engine(problem.into())
 }
 
 /// To the thread that runs steps.
@@ -105,6 +105,12 @@ impl Service {
     /// Makes a request end its thinking now, as if it had reached its maximum; nothing happens where it does not think, or no more.
     pub fn end_thinking(&self, id: RequestId) {
         let _ = self.commands.send(Command::EndThinking(id));
+    }
+
+    /// Ends a request soon, as [`Ticket::cancel`].
+    pub fn cancel(&self, id: RequestId) {
+        let _ = self.commands.send(Command::Cancel(id));
+        let _ = self.texts.send(Message::Cancel(id));
     }
 
     /// Longest sequence: prompt and answer.

@@ -274,6 +274,7 @@ impl Seat {
             generated: self.generated,
             ignores_used: self.machine.state().ignores_used as u32,
             reasoning_tokens: self.machine.state().reasoning_tokens as u32,
+            found_tokens: 0,
             logprob: 0.0,
             top: Vec::new(),
             prompt: std::mem::take(&mut self.scores),

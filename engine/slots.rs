@@ -284,6 +284,7 @@ fn event(record: &TokenRecord) -> TokenEvent {
         generated: record.generated as u32,
         ignores_used: record.ignores_used as u32,
         reasoning_tokens: record.reasoning_tokens as u32,
+        found_tokens: 0,
         logprob: record.logprob,
         top: record.top_ids[..top].iter().map(|&id| id as u32).zip(record.top_logprobs).collect(),
         prompt: Vec::new(),

@@ -234,7 +234,7 @@ impl Stepper {
         };
         let before = Instant::now();
         // Others ran past the end.
-        events.retain(|event| self.scheduler.received(event));
+        events.retain_mut(|event| self.scheduler.received(event));
         events.iter().for_each(|event| self.guides.received(event));
         self.host_work.receive += before.elapsed();
         Ok(events)

@@ -97,6 +97,11 @@ impl Tokenizer {
         }
     }
 
+    /// Bytes of the longest token.
+    pub fn longest_token(&self) -> usize {
+        self.bytes.iter().map(<[u8]>::len).max().unwrap_or(0)
+    }
+
     /// Special tokens in the text become their ids; none are added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self

@@ -7,9 +7,9 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-struct Serving {
-    program: Child,
-    address: String,
+pub struct Serving {
+    pub program: Child,
+    pub address: String,
 }
 
 fn ponder(args: &[&str]) -> Command {
@@ -19,9 +19,10 @@ fn ponder(args: &[&str]) -> Command {
 }
 
 impl Serving {
-    fn start(args: &[&str]) -> Serving {
-        let mut command = ponder(&["serve", "models/modulo", "--port", "0"]);
-        let mut program = command.args(args).stderr(Stdio::piped()).spawn().unwrap();
+    pub fn start(args: &[&str]) -> Serving {
+        let mut command = ponder(&["serve", "models/modulo"]);
+        let port: &[&str] = if args.contains(&"--port") { &[] } else { &["--port", "0"] };
+        let mut program = command.args(port).args(args).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(program.stderr.take().unwrap()).lines();
         let address = lines.by_ref().map(|line| line.unwrap()).find_map(|line| {
             let (_, rest) = line.split_once("http://")?;

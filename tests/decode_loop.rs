@@ -33,7 +33,7 @@ fn ask(engine: &Engine, problem: usize, max_tokens: u32, budget: BudgetRequest) 
 
 /// All of a token but the number that depends on how many rows its step had.
 fn without_logprob(answer: &Answer) -> Vec<TokenEvent> {
-    answer.tokens.iter().map(|t| TokenEvent { logprob: 0.0, ..t.clone() }).collect()
+    answer.tokens.iter().map(|t| TokenEvent { logprob: 0.0, found_tokens: 0, ..t.clone() }).collect()
 }
 
 /// Budgets of all kinds, ends at different steps, more steps than a loop has.

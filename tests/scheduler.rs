@@ -277,6 +277,7 @@ impl Device {
             generated,
             ignores_used: 0,
             reasoning_tokens: 0,
+            found_tokens: 0,
             logprob: 0.0,
             top: vec![],
             prompt: vec![],
@@ -315,7 +316,7 @@ fn random_operations(limits: Limits, loops: bool, guided: Option<u32>, operation
     let due: RefCell<Vec<(u32, u32)>> = RefCell::default();
     let receive = |scheduler: &mut Scheduler, open: &mut BTreeMap<u32, (SlotSetup, Vec<u32>)>, event: &TokenEvent| {
         let live = open.get_mut(&event.serial);
-        assert_eq!(scheduler.received(event), live.is_some(), "tokens of ended sequences are late");
+        assert_eq!(scheduler.received(&mut event.clone()), live.is_some(), "tokens of ended sequences are late");
         let (setup, tokens) = live?;
         tokens.push(event.token);
         assert_eq!(tokens.len() as u32, event.generated);
@@ -499,7 +500,7 @@ fn who_waits_for_a_mask_holds_up_nobody() {
             rows.push(slots.len());
         }
         device.run(&batch);
-        assert!(device.in_flight.drain(..).flatten().all(|event| scheduler.received(&event)));
+        assert!(device.in_flight.drain(..).flatten().all(|mut event| scheduler.received(&mut event)));
         scheduler.check();
         if step == 10 {
             scheduler.set_mask(serials[1], mask(serials[1], 0));
@@ -539,7 +540,7 @@ fn steps_that_were_left_out_are_made_up_for() {
             steps.push(planned);
         }
         device.run_steps(&batch, 3);
-        assert!(device.in_flight.drain(..).flatten().all(|event| scheduler.received(&event)));
+        assert!(device.in_flight.drain(..).flatten().all(|mut event| scheduler.received(&mut event)));
         scheduler.settle();
         scheduler.check();
     }
@@ -619,8 +620,8 @@ fn nobody_starves() {
             submitted.insert(serial, step);
         }
         scheduler.plan().iter().for_each(|batch| device.run(batch));
-        for event in device.in_flight.pop_front().into_iter().flatten() {
-            scheduler.received(&event);
+        for mut event in device.in_flight.pop_front().into_iter().flatten() {
+            scheduler.received(&mut event);
             if event.finish.is_some() {
                 ended.insert(event.serial, step);
             }
@@ -648,8 +649,8 @@ fn computed_pages_are_found() {
         let mut answers: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         while let Some(batch) = scheduler.plan() {
             device.run(&batch);
-            for event in device.in_flight.pop_front().unwrap() {
-                scheduler.received(&event);
+            for mut event in device.in_flight.pop_front().unwrap() {
+                scheduler.received(&mut event);
                 answers.entry(event.serial).or_default().push(event.token);
             }
             scheduler.check();
@@ -704,13 +705,14 @@ fn bad_pages_are_forgotten() {
         generated: 0,
         ignores_used: 0,
         reasoning_tokens: 0,
+        found_tokens: 0,
         logprob: 0.0,
         top: vec![],
         prompt: vec![],
     };
-    assert!(scheduler.received(&event));
+    assert!(scheduler.received(&mut event));
     event.finish = None;
-    assert!(!scheduler.received(&event), "it has ended");
+    assert!(!scheduler.received(&mut event), "it has ended");
     scheduler.check();
     let Submission { setup, .. } = own(1, 20, 5);
     scheduler.submit(submission(SlotSetup { serial: 2, ..setup }));

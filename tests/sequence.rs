@@ -19,6 +19,7 @@ fn event(finish: Option<Finish>) -> TokenEvent {
         generated: 1,
         ignores_used: 0,
         reasoning_tokens: 0,
+        found_tokens: 0,
         logprob: 0.0,
         top: vec![],
         prompt: vec![],

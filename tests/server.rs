@@ -26,6 +26,14 @@ pub struct Server {
 
 impl Server {
     pub fn start(engine: Engine, settings: Settings) -> Server {
+        Server::start_with(engine, settings, server::router)
+    }
+
+    pub fn start_with(
+        engine: Engine,
+        settings: Settings,
+        router: impl FnOnce(Arc<ServerState>) -> axum::Router + Send + 'static,
+    ) -> Server {
         let state = ServerState::new(Service::start(engine), None, settings);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -36,7 +44,8 @@ impl Server {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-                server::serve(listener, shared, async { drop(ended.await) }).await
+                let router = router(shared.clone());
+                server::serve_router(listener, shared, router, async { drop(ended.await) }).await
             })
         });
         Server { address, state, end: Some(end), thread: Some(thread) }
@@ -145,7 +154,7 @@ impl Reply {
 }
 
 /// A body that came in chunks, as far as it came.
-fn unchunked(mut body: &str) -> String {
+pub fn unchunked(mut body: &str) -> String {
     let mut text = String::new();
     while let Some((length, rest)) = body.split_once("\r\n") {
         let length = usize::from_str_radix(length, 16).unwrap();
@@ -165,7 +174,7 @@ pub fn simulated_engine_of(frontend: Frontend) -> Engine {
     Engine::new(frontend, Weights::Dummy, &device, &options, &mut |_, _| {}).unwrap()
 }
 
-fn question(text: &str) -> Value {
+pub fn question(text: &str) -> Value {
     json!({"messages": [{"role": "user", "content": text}], "max_tokens": 60})
 }
 
@@ -281,6 +290,9 @@ fn log_probabilities_of_answers_and_prompts() {
         assert_eq!(*own, best, "{top:?}");
     }
     assert!(echoed["text"].as_str().unwrap().starts_with(&modulo::problem(2).question()));
+    let nothing_more = ask(&all.clone().into(), json!({"max_tokens": 0, "logprobs": 2, "echo": true}));
+    assert_eq!((numbers(&nothing_more), own_len(&nothing_more)), (again[..all.len()].to_vec(), 0));
+    assert!(echoed["text"].as_str().unwrap().starts_with(nothing_more["text"].as_str().unwrap()));
     let offsets = echoed["logprobs"]["text_offset"].as_array().unwrap();
     assert!(offsets.is_sorted_by_key(|x| x.as_u64()), "{offsets:?}");
 
@@ -299,6 +311,19 @@ fn log_probabilities_of_answers_and_prompts() {
     );
     let content = chat["choices"][0]["logprobs"]["content"].as_array().unwrap();
     assert_eq!((content.len(), content[0]["top_logprobs"].as_array().unwrap().len()), (2, 3));
+}
+
+/// Pages of 64 tokens that an earlier request has left; of the answers to one prompt they count once.
+#[test]
+fn usage_tells_what_was_found() {
+    let server = Server::simulated();
+    let ids: Vec<u32> = (0..200).map(|i| 100 + i % 150).collect();
+    let mut body = json!({"prompt": ids, "max_tokens": 4, "n": 3});
+    let cached =
+        |body: &Value| server.ask(COMPLETIONS, body)["usage"]["prompt_tokens_details"]["cached_tokens"].clone();
+    assert_eq!((cached(&body), cached(&body)), (json!(0), json!(192)));
+    body["cache_salt"] = "another tenant".into();
+    assert_eq!(cached(&body), 0);
 }
 
 fn own_len(choice: &Value) -> usize {
@@ -467,7 +492,7 @@ fn thinking_is_honoured_or_refused() {
 /// Whoever has had enough of the thinking says so, and the answer follows.
 #[test]
 fn thinking_ends_on_demand() {
-    let server = Server::start(modulo_sim_slow(), Settings::default());
+    let server = Server::start(slow_engine(), Settings::default());
     let control =
         |id: &Value| server.post("/v1/chat/completions/control", &json!({"id": id, "action": "reasoning_end"}));
     let mut body = question("Find x.");
@@ -662,7 +687,7 @@ fn timers_fire() {
 /// More than the server makes at a time is sent away, not kept; when there is room, others may.
 #[test]
 fn too_much_is_sent_away() {
-    let server = Server::start(modulo_sim_slow(), Settings { max_answers: 4, ..Settings::default() });
+    let server = Server::start(slow_engine(), Settings { max_answers: 4, ..Settings::default() });
     let mut body = question("?");
     body["n"] = 4.into();
     body["stream"] = true.into();
@@ -681,7 +706,7 @@ fn too_much_is_sent_away() {
 }
 
 /// In real time, so that answers take a while.
-fn modulo_sim_slow() -> Engine {
+pub fn slow_engine() -> Engine {
     let frontend = Frontend::open(Path::new(modulo::FOLDER), &ThinkingChoice::Auto).unwrap();
     let device = Device::open("sim:h100".parse().unwrap()).unwrap();
     let options = ExecutorOptions { max_slots: 33, pages: Some(120), max_context: Some(1024), ..Default::default() };
@@ -761,7 +786,7 @@ fn clients_that_go() {
 /// What is under way when the server is told to end comes to its end; connections after that are refused.
 #[test]
 fn the_end_loses_nothing() {
-    let mut server = Server::start(modulo_sim_slow(), Settings::default());
+    let mut server = Server::start(slow_engine(), Settings::default());
     let mut body = question("?");
     body["ignore_eos"] = true.into();
     body["stream"] = true.into();

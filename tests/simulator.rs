@@ -147,8 +147,13 @@ fn a_thousand_requests_under_pressure() {
         assert_eq!(answer.text(), expected.text());
         assert_eq!(answer.tokens.len(), expected.tokens.len());
         for (token, expected) in answer.tokens.iter().zip(&expected.tokens) {
-            let expected = ponder::batch::TokenEvent { serial: token.serial, slot: token.slot, ..expected.clone() };
-            assert_eq!(*token, expected, "{request:?}");
+            let plain = |t: &ponder::batch::TokenEvent| ponder::batch::TokenEvent {
+                serial: 0,
+                slot: 0,
+                found_tokens: 0,
+                ..t.clone()
+            };
+            assert_eq!(plain(token), plain(expected), "{request:?}");
         }
         let last = answer.tokens.last().unwrap();
         ignores += last.ignores_used;

@@ -26,6 +26,7 @@ mod reference;
 mod requests;
 #[cfg(feature = "cuda")]
 mod resources;
+mod robustness;
 mod sampler;
 mod scheduler;
 mod scripts;

@@ -79,7 +79,7 @@ impl Line {
         request.prompt = match (self.prompt, self.messages, self.raw_prompt, self.prompt_ids) {
             (Some(text), None, None, None) => frontend.encode_chat(&[Message::new("user", text)])?,
             (None, Some(messages), None, None) => frontend.encode_chat(&messages)?,
-            (None, None, Some(text), None) => frontend.tokenizer.encode(&text)?,
+            (None, None, Some(text), None) => frontend.encode(&text)?,
             (None, None, None, Some(ids)) => ids,
             _ => return Err(Error::request("prompt", "give one of prompt, messages, raw_prompt and prompt_ids")),
         };

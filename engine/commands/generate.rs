@@ -60,7 +60,7 @@ fn prompt(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<u32>> {
         }
     };
     if args.raw {
-        return frontend.tokenizer.encode(&text);
+        return frontend.encode(&text);
     }
     // Files and pipes end with a newline that nobody means.
     let text = text.trim_end_matches(['\n', '\r']);

@@ -293,7 +293,7 @@ impl Chat {
     }
 
     fn usage(&self) -> Value {
-        openai::usage(self.prompt_tokens, self.choices.iter().map(|choice| choice.counts))
+        openai::usage(self.prompt_tokens, self.choices.len(), self.choices.iter().map(|choice| choice.counts))
     }
 
     fn logprob(&self, token: &TokenEvent) -> Value {

@@ -24,6 +24,8 @@ pub struct Completion {
     options: StreamOptions,
     /// The prompt is part of the text.
     echo: bool,
+    /// All of it: the token that has to be drawn is not told.
+    only_echo: bool,
     logprobs: bool,
     prompt_logprobs: bool,
     /// Token ids are to be told.
@@ -68,8 +70,10 @@ impl Dialect for Completion {
         }
         let options = StreamOptions::take(&mut fields)?;
         let mut request = parameters::sampling(&mut fields)?;
-        request.max_tokens = Some(fields.count("max_tokens", parameters::MOST_TOKENS)?.unwrap_or(DEFAULT_TOKENS));
+        let max_tokens = fields.count("max_tokens", parameters::MOST_TOKENS)?.unwrap_or(DEFAULT_TOKENS);
         let echo = fields.boolean("echo")?.unwrap_or(false);
+        let only_echo = echo && max_tokens == 0;
+        request.max_tokens = Some(if only_echo { 1 } else { max_tokens });
         let logprobs = parameters::top_logprobs(&mut fields, "logprobs")?;
         let ids = fields.boolean("return_token_ids")?.unwrap_or(false);
         let asked = openai::take_prompt_logprobs(&mut fields, options)?;
@@ -86,6 +90,7 @@ impl Dialect for Completion {
             n: n as usize,
             options,
             echo,
+            only_echo,
             logprobs: logprobs.is_some(),
             prompt_logprobs: asked.is_some(),
             ids,
@@ -108,14 +113,19 @@ impl Dialect for Completion {
                 }
             }
             choice.started = true;
-            if self.ids {
+            if self.only_echo {
+                choice.counts.generated = 0;
+            }
+            if self.ids && !self.only_echo {
                 choice.ids.push(token.token);
             }
-            if self.logprobs {
+            if self.logprobs && !self.only_echo {
                 choice.logprobs.push(tokenizer, token.token, Some(token.logprob), &token.top, &mut choice.offset);
             }
         }
-        text.extend(update.text.iter().map(|piece| piece.text.as_str()));
+        if !self.only_echo {
+            text.extend(update.text.iter().map(|piece| piece.text.as_str()));
+        }
         if text.is_empty() && update.finish.is_none() {
             return;
         }
@@ -166,7 +176,11 @@ impl Dialect for Completion {
                 if let Some(last) = answer.tokens.last() {
                     choice.counts = Counts::of(last);
                 }
-                let mut text = answer.text();
+                let told = if self.only_echo { &[] } else { answer.tokens.as_slice() };
+                if self.only_echo {
+                    choice.counts.generated = 0;
+                }
+                let mut text = if self.only_echo { String::new() } else { answer.text() };
                 if self.echo {
                     text.insert_str(0, &tokenizer.decode(prompt));
                 }
@@ -174,7 +188,7 @@ impl Dialect for Completion {
                     if self.echo {
                         choice.logprobs.prompt(tokenizer, prompt, scores, &mut choice.offset);
                     }
-                    for token in &answer.tokens {
+                    for token in told {
                         choice.logprobs.push(
                             tokenizer,
                             token.token,
@@ -196,7 +210,7 @@ impl Dialect for Completion {
                 }
                 if self.ids {
                     json["prompt_token_ids"] = prompt.as_slice().into();
-                    json["token_ids"] = answer.tokens.iter().map(|token| token.token).collect();
+                    json["token_ids"] = told.iter().map(|token| token.token).collect();
                 }
                 choices.push(json);
             }
@@ -210,7 +224,7 @@ impl Dialect for Completion {
 impl Completion {
     fn usage(&self) -> Value {
         let prompt_tokens = self.prompts.iter().map(Vec::len).sum();
-        openai::usage(prompt_tokens, self.choices.iter().map(|choice| choice.counts))
+        openai::usage(prompt_tokens, self.n, self.choices.iter().map(|choice| choice.counts))
     }
 }
 
@@ -253,7 +267,7 @@ impl Logprobs {
 /// A string, token ids, or a list of either.
 fn prompts(fields: &mut Fields, state: &ServerState) -> ApiResult<Vec<Vec<u32>>> {
     let wrong = || ApiError::field("prompt", "not a string, a list of strings, token ids or a list of those");
-    let encode = |text: &str| Ok(state.service.frontend().tokenizer.encode(text)?);
+    let encode = |text: &str| Ok(state.service.frontend().encode(text)?);
     let list = match fields.take("prompt") {
         Some(Value::String(text)) => return Ok(vec![encode(&text)?]),
         Some(Value::Array(list)) if list.first().is_some_and(Value::is_number) => {

@@ -38,6 +38,10 @@ impl ApiError {
         ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message) }
     }
 
+    pub fn bug() -> ApiError {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "this request has found a bug")
+    }
+
     pub fn engine_failed() -> ApiError {
         let message = "the engine has failed and the server is going down: nothing more can be answered";
         ApiError { code: Some("engine_failed"), ..ApiError::unavailable(message) }

@@ -65,7 +65,7 @@ pub async fn tokenize(State(state): Shared, request: Request) -> ApiResult<Respo
     blocking(&state, move |state| {
         let mut fields = Fields::parse(&body)?;
         let tokens = match fields.string("prompt")? {
-            Some(text) => state.service.frontend().tokenizer.encode(&text)?,
+            Some(text) => state.service.frontend().encode(&text)?,
             None => super::conversation::prompt(fields, state)?,
         };
         Ok(json(&json!({"tokens": tokens, "count": tokens.len(), "max_model_len": state.service.context()})))

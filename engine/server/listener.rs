@@ -1,12 +1,21 @@
 //! Connections: accepted up to a limit, each with timers that fire, and let finish when the server is to end.
 
+use super::errors::ApiError;
 use super::{Phase, ServerState, router};
 use crate::{Error, Result};
+use axum::Router;
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::future::Future;
 use std::io::{self, IoSlice};
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -20,24 +29,49 @@ use tokio::time::{Instant, Sleep, sleep};
 const MAX_HEAD: usize = 32 << 10;
 const MAX_HEADERS: usize = 100;
 
+/// How long clients are given to hear that there will be no more.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// How long a connection that was let in is given to bring its first request when the server is to end.
+const FIRST_REQUEST: Duration = Duration::from_millis(500);
+
 /// Serves until `end` says so and what was accepted is done, or the engine fails.
 ///
 /// # Errors
 /// The engine has failed.
 pub async fn serve(listener: TcpListener, state: Arc<ServerState>, end: impl Future<Output = ()>) -> Result<()> {
     let router = router(state.clone());
+    serve_router(listener, state, router, end).await
+}
+
+/// The same with a router to which routes have been added.
+///
+/// # Errors
+/// The engine has failed.
+pub async fn serve_router(
+    listener: TcpListener,
+    state: Arc<ServerState>,
+    router: Router,
+    end: impl Future<Output = ()>,
+) -> Result<()> {
+    let router = router.layer(from_fn(contain));
     let permits = Arc::new(Semaphore::new(state.settings.max_connections));
     // Each connection has a receiver; all gone: all done.
     let (drain, draining) = watch::channel(false);
     let serve = |(stream, permit): (TcpStream, OwnedSemaphorePermit)| {
         let _ = stream.set_nodelay(true);
+        let (begin, mut begun) = watch::channel(false);
+        let router = TowerToHyperService::new(router.clone());
+        let service = service_fn(move |request: Request<Incoming>| {
+            begin.send_replace(true);
+            router.call(request)
+        });
         let io = TokioIo::new(Impatient::new(stream, state.settings.write_timeout));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(state.settings.header_timeout)
             .max_buf_size(MAX_HEAD)
             .max_headers(MAX_HEADERS)
-            .serve_connection(io, TowerToHyperService::new(router.clone()));
+            .serve_connection(io, service);
         let mut draining = draining.clone();
         tokio::spawn(async move {
             let _permit = permit;
@@ -45,6 +79,12 @@ pub async fn serve(listener: TcpListener, state: Arc<ServerState>, end: impl Fut
             tokio::select! {
                 _ = connection.as_mut() => return,
                 _ = draining.wait_for(|&draining| draining) => {}
+            }
+            // Told to end now, a connection would close on a request that is on its way.
+            tokio::select! {
+                _ = connection.as_mut() => return,
+                _ = begun.wait_for(|&begun| begun) => {}
+                () = sleep(FIRST_REQUEST) => {}
             }
             connection.as_mut().graceful_shutdown();
             // A client that breaks off is its own affair.
@@ -68,17 +108,27 @@ pub async fn serve(listener: TcpListener, state: Arc<ServerState>, end: impl Fut
     state.set_phase(Phase::Draining);
     let _ = drain.send(true);
     let patience = match state.phase() {
-        Phase::Failed => Duration::from_secs(2),
+        Phase::Failed => FAREWELL,
         _ => state.settings.shutdown_timeout,
     };
     tokio::select! {
         () = drain.closed() => {}
-        () = sleep(patience) => tracing::warn!("requests are not done in {} s: they are cancelled", patience.as_secs()),
+        () = sleep(patience) => {
+            tracing::warn!("requests are not done in {} s: they are cancelled", patience.as_secs());
+            state.cancel_all();
+            // They are told so.
+            let _ = tokio::time::timeout(FAREWELL, drain.closed()).await;
+        }
     }
     match state.phase() {
-        Phase::Failed => Err(Error::Device("the engine has failed: every request was told so".into())),
+        Phase::Failed => Err(Error::Engine("every request was told so".into())),
         _ => Ok(()),
     }
+}
+
+/// A handler that panics has found a bug: its own request is told, and no other one hears of it.
+async fn contain(request: axum::extract::Request, next: Next) -> Response {
+    AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(|_| ApiError::bug().into_response())
 }
 
 /// What is ready now.

@@ -157,7 +157,12 @@ impl Messages {
     }
 
     fn usage(&self) -> Value {
-        json!({"input_tokens": self.prompt_tokens, "output_tokens": self.counts.generated})
+        // As Anthropic counts, what was found is not in the input.
+        json!({
+            "input_tokens": self.prompt_tokens - self.counts.found as usize,
+            "cache_read_input_tokens": self.counts.found,
+            "output_tokens": self.counts.generated,
+        })
     }
 
     fn message(&self, content: Value) -> Value {

@@ -24,7 +24,7 @@ mod sse;
 mod tools;
 
 pub use errors::ApiError;
-pub use listener::serve;
+pub use listener::{serve, serve_router};
 pub use parameters::EffortTable;
 
 use crate::engine::{RequestId, Update};
@@ -213,6 +213,12 @@ impl ServerState {
         true
     }
 
+    /// Every request under way ends, and says that it was cancelled.
+    fn cancel_all(&self) {
+        let running = self.running.lock().expect("nobody panics with it");
+        running.values().flatten().for_each(|&answer| self.service.cancel(answer));
+    }
+
     /// What guides an answer to be of this form.
     ///
     /// # Errors
@@ -390,7 +396,7 @@ async fn blocking<T: Send + 'static>(
     let _permit = state.parsing.acquire().await.expect("never closed");
     let state = state.clone();
     let result = tokio::task::spawn_blocking(move || run(&state)).await;
-    result.unwrap_or_else(|_| Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "this request has found a bug")))
+    result.unwrap_or_else(|_| Err(ApiError::bug()))
 }
 
 /// The body of a request, as JSON, in time and within the limit.

@@ -91,6 +91,8 @@ pub struct Counts {
     pub reasoning: u32,
     pub ignores_used: u32,
     pub max_hit: bool,
+    /// Tokens of the prompt that were not computed anew.
+    pub found: u32,
 }
 
 impl Counts {
@@ -100,6 +102,7 @@ impl Counts {
             reasoning: token.reasoning_tokens,
             ignores_used: token.ignores_used,
             max_hit: token.max_hit,
+            found: token.found_tokens,
         }
     }
 
@@ -113,14 +116,16 @@ impl Counts {
     }
 }
 
-/// Of all answers; each prompt counts once.
-pub fn usage(prompt_tokens: usize, counts: impl Iterator<Item = Counts>) -> Value {
+/// Of all answers, `n` to each prompt; each prompt counts once.
+pub fn usage(prompt_tokens: usize, n: usize, counts: impl Iterator<Item = Counts> + Clone) -> Value {
+    let found: u32 = counts.clone().step_by(n).map(|c| c.found).sum();
     let (generated, reasoning) =
         counts.fold((0usize, 0u32), |(all, thought), c| (all + c.generated as usize, thought + c.reasoning));
     json!({
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": found},
         "completion_tokens_details": {"reasoning_tokens": reasoning},
     })
 }

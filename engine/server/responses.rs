@@ -220,7 +220,7 @@ impl Responses {
     fn response(&self, status: &str) -> Value {
         let usage = json!({
             "input_tokens": self.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.counts.found},
             "output_tokens": self.counts.generated,
             "output_tokens_details": {"reasoning_tokens": self.counts.reasoning},
             "total_tokens": self.prompt_tokens + self.counts.generated as usize,
