@@ -6,10 +6,13 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 pub struct Serving {
     pub program: Child,
     pub address: String,
+    /// What it has said since it listens.
+    pub log: Arc<Mutex<Vec<String>>>,
 }
 
 fn ponder(args: &[&str]) -> Command {
@@ -26,11 +29,12 @@ impl Serving {
         let mut lines = BufReader::new(program.stderr.take().unwrap()).lines();
         let address = lines.by_ref().map(|line| line.unwrap()).find_map(|line| {
             let (_, rest) = line.split_once("http://")?;
-            Some(rest.split_whitespace().next().unwrap().to_string())
+            Some(rest.chars().take_while(|c| c.is_ascii_digit() || ".:".contains(*c)).collect())
         });
-        // Somebody must go on reading what it says.
-        std::thread::spawn(move || lines.for_each(drop));
-        Serving { program, address: address.expect("it says where it listens") }
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let said = log.clone();
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| said.lock().unwrap().push(line)));
+        Serving { program, address: address.expect("it says where it listens"), log }
     }
 
     fn url(&self) -> String {

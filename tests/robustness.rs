@@ -166,6 +166,39 @@ fn send(address: &str, head: &str, body: &[u8]) -> String {
     String::from_utf8_lossy(&reply).lines().next().unwrap_or_default().to_string()
 }
 
+#[test]
+fn the_log_names_each_request() {
+    let server = Serving::start(&["--device", "sim:h100,instant", "--log-json"]);
+    let body = question("?").to_string();
+    let head = |path: &str, length: usize| {
+        format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\n{JSON}X-Request-Id: mine-7\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        )
+    };
+    assert!(send(&server.address, &head(CHAT, body.len()), body.as_bytes()).starts_with("HTTP/1.1 200"));
+    assert!(send(&server.address, &head("/nowhere", 0), b"").starts_with("HTTP/1.1 404"));
+    let said = |message: &str| -> Value {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let entries: Vec<Value> =
+                server.log.lock().unwrap().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+            if let Some(entry) = entries.iter().find(|entry| entry["fields"]["message"] == message) {
+                return entry["fields"].clone();
+            }
+            assert!(Instant::now() < deadline, "{entries:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let answered = said("request");
+    assert_eq!((&answered["request_id"], &answered["outcome"]), (&json!("mine-7"), &json!("answered")));
+    assert!(answered["response"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert!(answered["prompt_tokens"].as_u64().unwrap() > 10 && answered["tokens"].as_u64().unwrap() > 0);
+    assert!(answered["first_token_ms"].as_u64().unwrap() <= answered["total_ms"].as_u64().unwrap());
+    let refused = said("refused");
+    let expected = (json!("/nowhere"), json!(404), json!("mine-7"));
+    assert_eq!((&refused["path"], &refused["status"], &refused["request_id"]), (&expected.0, &expected.1, &expected.2));
+}
+
 /// Whatever comes, memory stays and so does the server; killed, it is back as soon as it was there at first.
 #[test]
 fn floods_and_kills() {

@@ -7,6 +7,7 @@ use super::metrics::Watch;
 use crate::Result;
 use crate::engine::Update;
 use crate::frontend::Request;
+use crate::sequence::FinishReason;
 use crate::service::Ticket;
 use axum::http::StatusCode;
 use std::sync::Arc;
@@ -49,12 +50,30 @@ pub struct Generation {
     tickets: Vec<Option<Ticket>>,
     open: usize,
     choices: u32,
+    told: Account,
+}
+
+/// What the log says of a request when it is over.
+struct Account {
+    /// What the client calls it (`x-request-id`).
+    request_id: Option<String>,
+    arrived: Instant,
+    first_token: Option<Instant>,
+    prompt_tokens: usize,
+    tokens: u64,
+    thinking_tokens: u64,
+    failed: bool,
 }
 
 impl Generation {
     /// # Errors
     /// What the engine refuses, and everything at a time when there is too much to do already.
-    pub fn start(state: &Arc<ServerState>, wanted: &GenerationRequest, arrived: Instant) -> ApiResult<Generation> {
+    pub fn start(
+        state: &Arc<ServerState>,
+        wanted: &GenerationRequest,
+        arrived: Instant,
+        request_id: Option<String>,
+    ) -> ApiResult<Generation> {
         state.note_unknown(&wanted.unknown);
         let choices = wanted.prompts.len() as u32 * wanted.n;
         let admit = |open: u32| open.checked_add(choices).filter(|&open| open <= state.settings.max_answers);
@@ -79,6 +98,15 @@ impl Generation {
             tickets: Vec::new(),
             open: choices as usize,
             choices,
+            told: Account {
+                request_id,
+                arrived,
+                first_token: None,
+                prompt_tokens: wanted.prompts.iter().map(Vec::len).sum(),
+                tokens: 0,
+                thinking_tokens: 0,
+                failed: false,
+            },
         };
         let seed = wanted.request.sampling.seed.unwrap_or_else(|| state.random_seed());
         let mut request = wanted.request.clone();
@@ -112,10 +140,16 @@ impl Generation {
         // Without a sender, or with an error: no step will follow.
         let Some((choice, Ok(update))) = next else {
             self.state.engine_has_failed();
-            self.open = 0;
+            (self.open, self.told.failed) = (0, true);
             return Poll::Ready(Some(Err(ApiError::engine_failed())));
         };
         self.state.metrics.note(&mut self.watches[choice], &update);
+        if let Some(token) = &update.token {
+            self.told.first_token.get_or_insert_with(Instant::now);
+            self.told.tokens += 1;
+            self.told.thinking_tokens += u64::from(token.reasoning);
+        }
+        self.told.failed |= matches!(update.finish, Some(FinishReason::Error));
         if update.finish.is_some() {
             self.tickets[choice] = None;
             self.open -= 1;
@@ -136,5 +170,23 @@ impl Drop for Generation {
     fn drop(&mut self) {
         self.state.running.lock().expect("nobody panics with it").remove(&self.id);
         self.state.open.fetch_sub(self.choices, Ordering::Relaxed);
+        let told = &self.told;
+        let outcome = match (told.failed, self.open) {
+            (true, _) => "failed",
+            (false, 0) => "answered",
+            (false, _) => "cancelled",
+        };
+        tracing::info!(
+            response = self.id,
+            request_id = told.request_id,
+            choices = self.choices,
+            prompt_tokens = told.prompt_tokens,
+            tokens = told.tokens,
+            thinking_tokens = told.thinking_tokens,
+            first_token_ms = told.first_token.map(|at| (at - told.arrived).as_millis() as u64),
+            total_ms = told.arrived.elapsed().as_millis() as u64,
+            outcome,
+            "request"
+        );
     }
 }

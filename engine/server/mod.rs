@@ -134,6 +134,8 @@ pub enum Phase {
     Failed,
 }
 
+/// Characters of a client's name for its request that the log shows.
+const MAX_REQUEST_ID: usize = 128;
 /// Names of unknown fields that are remembered; what comes beyond is counted as one.
 const MAX_UNKNOWN_NAMES: usize = 256;
 
@@ -322,7 +324,12 @@ async fn guard(State(state): State<Arc<ServerState>>, request: Request, next: Ne
         }
     }
     let id = request.headers().get("x-request-id").cloned();
+    let path = request.uri().path().chars().take(MAX_REQUEST_ID).collect::<String>();
     let mut response = next.run(request).await;
+    if response.status().is_client_error() || response.status().is_server_error() {
+        let request_id = id.as_ref().and_then(|id| id.to_str().ok());
+        tracing::info!(path, request_id, status = response.status().as_u16(), "refused");
+    }
     if let Some(id) = id {
         response.headers_mut().insert("x-request-id", id);
     }
@@ -369,11 +376,13 @@ async fn generate<D: Dialect + 'static>(state: &Arc<ServerState>, request: Reque
     if state.phase() == Phase::Failed {
         return Err(ApiError::engine_failed());
     }
+    let request_id = request.headers().get("x-request-id").and_then(|value| value.to_str().ok());
+    let request_id = request_id.map(|id| id.chars().take(MAX_REQUEST_ID).collect());
     let body = body(state, request).await?;
     let arrived = Instant::now();
     let (generation, mut dialect, stream) = blocking(state, move |state| {
         let (wanted, dialect) = D::parse(Fields::parse(&body)?, state)?;
-        Ok((Generation::start(state, &wanted, arrived)?, dialect, wanted.stream))
+        Ok((Generation::start(state, &wanted, arrived, request_id)?, dialect, wanted.stream))
     })
     .await?;
     if stream {
