@@ -57,9 +57,10 @@ predict: setup # writes benches/predictions.json and docs/predictions.md anew
 	$(CARGO) build --release
 	python3 benches/predict.py
 
-plots: # draws docs/*.svg and *.png from benches/results/, or from the predictions
+plots: # draws docs/*.svg and *.png from benches/results/, or from the predictions; pictures and numbers of docs/kernels
 	@scripts/toolchain.sh matplotlib
 	.toolchain/matplotlib/bin/python benches/plot.py
+	.toolchain/matplotlib/bin/python benches/draw_kernels.py
 
 # A browser and client libraries that are pointed at the server. Where they cannot be had, their tests say so and pass.
 clients:

@@ -84,6 +84,12 @@ fn host_target() -> Result<()> {
         println!("cargo::rustc-link-lib=asan");
     }
 
+    if env::var_os("CARGO_FEATURE_GDB").is_some() {
+        for build in [&mut plain, &mut checked] {
+            build.opt_level(0).flag("-g3");
+        }
+    }
+
     let mut steps = Vec::new();
     let mut compile = |build: &cc::Build, source: &Path, kind: &str| {
         let mut command = build.get_compiler().to_command();
