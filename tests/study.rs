@@ -2,12 +2,16 @@
 
 use crate::modulo;
 use indicatif::ProgressBar;
+use ponder::budget::BudgetRequest;
+use ponder::chat::Message;
 use ponder::checkpoint::Checkpoint;
 use ponder::device::Device;
 use ponder::engine::Engine;
 use ponder::executor::ExecutorOptions;
-use ponder::frontend::Frontend;
+use ponder::frontend::{Frontend, Request};
 use ponder::model::Weights;
+use ponder::sampling::SamplingRequest;
+use ponder::sequence::Channel;
 use ponder::study::ablation;
 use ponder::study::curate::{self, Item, Pool};
 use ponder::study::folder::Folder;
@@ -17,6 +21,7 @@ use ponder::study::random::Random;
 use ponder::study::scaling::{self, Options, Results, RowResult, Subject, SweepKind};
 use ponder::study::tasks::{Problem, TaskSource};
 use ponder::thinking::ThinkingChoice;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 fn points(pairs: &[(f64, f64)]) -> Vec<Point> {
@@ -412,6 +417,75 @@ fn a_pool_gives_the_same_thousand_twice_and_counts_reconcile() {
 
     let (few, results) = Pool::new(items[..20].to_vec(), &[]).select(1000, 5, curate::Subject::default());
     assert_eq!(few.len(), results.steps[4].after, "a small pool is taken whole");
+}
+
+/// The tiny model tries every question through the engine: what it answers is dropped as too easy, and asked again it is not asked.
+#[test]
+fn a_model_says_what_is_too_easy() {
+    let problems: Vec<Problem> = TaskSource::Modulo(6).load(3).unwrap();
+    let mut engine = modulo::engine(&ThinkingChoice::Auto);
+    let request = |problem: &Problem| Request {
+        prompt: engine.frontend.encode_chat(&[Message::new("user", problem.question.clone())]).unwrap(),
+        max_tokens: Some(24),
+        sampling: SamplingRequest { temperature: Some(0.0), ..Default::default() },
+        budget: BudgetRequest { max_thinking_tokens: Some(0), ..Default::default() },
+        ..Default::default()
+    };
+    let requests: Vec<Request> = problems.iter().map(request).collect();
+    let said: Vec<String> =
+        modulo::answer_all(&mut engine, &requests).iter().map(|answer| answer.channel(Channel::Answer)).collect();
+    let number =
+        |said: &String| said.rsplit(|c: char| !c.is_ascii_digit()).find(|n| !n.is_empty())?.parse::<u64>().ok();
+    // What it says to every second question is called right.
+    let is_easy = |i: usize| i.is_multiple_of(2) && number(&said[i]).is_some();
+    let easy = (0..6).filter(|&i| is_easy(i)).count();
+    assert!((1..4).contains(&easy), "{said:?}");
+    let line = |(i, problem): (usize, &Problem)| {
+        let answer = (number(&said[i]).unwrap_or(0) + u64::from(!is_easy(i))).to_string();
+        json!({"question": problem.question, "trace": "It is so.", "answer": answer, "grader": "integer", "domain": "numbers"})
+            .to_string()
+    };
+    let lines: Vec<String> = problems.iter().enumerate().map(line).collect();
+    let at = folder("curate-model");
+    std::fs::create_dir_all(&at).unwrap();
+    let pool = at.join("pool.jsonl");
+    std::fs::write(&pool, lines.join("\n")).unwrap();
+    let device = std::env::var("TEST_DEVICE").map_or("host".to_string(), |device| device.replace("cuda", "cuda:0"));
+    let out = at.join("out");
+    let curate = || {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_ponder"))
+            .args([
+                "study",
+                "curate",
+                pool.to_str().unwrap(),
+                "--out",
+                out.to_str().unwrap(),
+                "--model",
+                modulo::FOLDER,
+            ])
+            .args(["--select", "6", "--max-thinking-tokens", "0", "--max-tokens", "24", "--device", &device])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+        (read("selected.jsonl"), read("results.json"), read("answers.jsonl"))
+    };
+    let (selected, results, answers) = curate();
+    let kept: Vec<Value> = selected.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let questions: std::collections::BTreeSet<&str> =
+        kept.iter().map(|item| item["question"].as_str().unwrap()).collect();
+    let hard = problems.iter().enumerate().filter(|(i, _)| !is_easy(*i)).map(|(_, problem)| problem.question.as_str());
+    assert_eq!(questions, hard.collect());
+    assert!(kept.iter().all(|item| item["solved"] == json!([false])), "{selected}");
+    let results: Value = serde_json::from_str(&results).unwrap();
+    let dropped = |step: &Value| step["before"].as_u64().unwrap() - step["after"].as_u64().unwrap();
+    let dropped: Vec<u64> =
+        results["results"]["steps"].as_array().unwrap().iter().map(dropped).filter(|&n| n > 0).collect();
+    assert_eq!(dropped, [easy as u64], "{results}");
+    assert_eq!(answers.lines().count(), 7, "a head, and a verdict for each");
+    let again = curate();
+    assert_eq!((again.0, again.2), (selected, answers), "nothing is asked twice");
+    std::fs::remove_dir_all(at).unwrap();
 }
 
 /// What is drawn first is of rank r with probability 2^-(r + 1).
