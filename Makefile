@@ -62,10 +62,12 @@ plots: # draws docs/*.svg and *.png from benches/results/, or from the predictio
 	.toolchain/matplotlib/bin/python benches/plot.py
 	.toolchain/matplotlib/bin/python benches/draw_kernels.py
 
-# A browser and client libraries that are pointed at the server. Where they cannot be had, their tests say so and pass.
+# A browser, a client library, an evaluation harness and a benchmark that are pointed at the server. Where they cannot be had, their tests say so and pass.
 clients:
 	-@scripts/toolchain.sh chromium
 	-@scripts/toolchain.sh openai
+	-@scripts/toolchain.sh lm-eval
+	-@scripts/toolchain.sh guidellm
 
 setup:
 	@scripts/toolchain.sh libclang cuda disassembler clang-format

@@ -6,6 +6,8 @@
 #   clang-format  the pinned one (Python wheel)
 #   matplotlib    a Python with it, for the plots (venv)
 #   openai        a Python with OpenAI's client, for the tests of the server (venv)
+#   lm-eval       lm-evaluation-harness with what it needs to ask servers, for the tests of the server (venv)
+#   guidellm      a benchmark of servers; the last release that does without PyTorch (venv)
 #   chromium      a browser and its driver, for the test of the page (the system's, or Debian packages)
 # .cargo/config.toml and the Makefile point there. A tool that is there is left alone; one that is being fetched appears
 # only when it is complete, so an interrupted run is simply run again.
@@ -136,6 +138,8 @@ for name in "$@"; do
     clang-format) clang_format ;;
     matplotlib) venv matplotlib matplotlib==3.10.7 ;;
     openai) venv openai openai==3.54.0 ;;
+    lm-eval) venv lm-eval --no-binary rouge-score,sqlitedict,word2number 'lm-eval[api]==0.4.13' transformers==5.17.0 ;;
+    guidellm) venv guidellm guidellm==0.3.1 datasets==5.0.1 transformers==5.17.0 ;;
     chromium) chromium ;;
     *) fail "unknown tool $name" ;;
     esac

@@ -13,6 +13,7 @@ mod devices;
 mod engine;
 mod families;
 mod guide;
+mod harnesses;
 mod kernel_docs;
 mod layout;
 mod loading;
