@@ -78,12 +78,12 @@ fn samples(folder: &Path, task: &str) -> Vec<Value> {
 }
 
 /// How likely the model finds this continuation, by what the server says of each token of an echo; and whether each was the
-/// likeliest.
+/// likeliest. The harness counts white space at the end of the context to the continuation.
 fn loglikelihood(server: &Serving, context: &str, continuation: &str) -> (f64, bool) {
     let prompt = format!("{context}{continuation}");
     let body = json!({"prompt": prompt, "max_tokens": 1, "echo": true, "logprobs": 1, "temperature": 0});
     let logprobs = &ask(server, COMPLETIONS, &body)["choices"][0]["logprobs"];
-    let (begin, end) = (context.chars().count() as u64, prompt.chars().count() as u64);
+    let (begin, end) = (context.trim_end().chars().count() as u64, prompt.chars().count() as u64);
     let offsets = logprobs["text_offset"].as_array().unwrap();
     let within = (0..offsets.len()).filter(|&i| (begin..end).contains(&offsets[i].as_u64().unwrap()));
     within.fold((0.0, true), |(sum, greedy), i| {
@@ -172,12 +172,16 @@ fn guidellm_counts_what_metrics_count() {
     let totals = json!({"successful": 6, "errored": 0, "incomplete": 0, "total": 6});
     assert_eq!(benchmark["request_totals"], totals);
     let requests = benchmark["requests"]["successful"].as_array().unwrap();
-    assert!(requests.iter().all(|request| request["output_tokens"] == 12), "{requests:?}");
-    let sum = |name: &str| requests.iter().map(|request| request[name].as_f64().unwrap()).sum::<f64>();
-    assert_eq!(sum("prompt_tokens"), server.metric("vllm:prompt_tokens_total"));
-    assert_eq!(sum("output_tokens"), server.metric("vllm:generation_tokens_total"));
     for request in requests {
+        let prompt = ask(&server, "/tokenize", &json!({"prompt": request["prompt"]}));
+        assert_eq!((&request["prompt_tokens"], &request["output_tokens"]), (&prompt["count"], &12.into()), "{request}");
         let of = |name: &str| request[name].as_f64().unwrap();
         assert!(0.0 < of("time_to_first_token_ms") && of("time_to_first_token_ms") <= 1000.0 * of("request_latency"));
     }
+    // Each of its processes tries the connection first, by a token after this text.
+    let tries = server.metric("vllm:e2e_request_latency_seconds_count") - 6.0;
+    let tried = ask(&server, "/tokenize", &json!({"prompt": "Test connection"}))["count"].as_f64().unwrap();
+    let sum = |name: &str| requests.iter().map(|request| request[name].as_f64().unwrap()).sum::<f64>();
+    assert_eq!(sum("prompt_tokens") + tries * tried, server.metric("vllm:prompt_tokens_total"));
+    assert_eq!(sum("output_tokens") + tries, server.metric("vllm:generation_tokens_total"));
 }
