@@ -6,7 +6,7 @@ use crate::budget::BudgetRequest;
 use crate::frontend::Request;
 use crate::hub;
 use crate::sampling::SamplingRequest;
-use crate::thinking::{PROFILES, Profile, ThinkingChoice};
+use crate::thinking::ThinkingChoice;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -517,17 +517,6 @@ fn parse_fraction(text: &str) -> Result<f64, String> {
     fraction.ok_or_else(|| "write a number above 0 and up to 1".into())
 }
 
-fn parse_thinking(text: &str) -> Result<ThinkingChoice, String> {
-    match text {
-        "auto" => Ok(ThinkingChoice::Auto),
-        "none" => Ok(ThinkingChoice::None),
-        name => Profile::named(name).map(ThinkingChoice::Profile).ok_or_else(|| {
-            let known: Vec<&str> = PROFILES.iter().map(|profile| profile.name).collect();
-            format!("say auto, none or one of {}", known.join(", "))
-        }),
-    }
-}
-
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|s| (0.0..=3600.0).contains(s));
     seconds.ok_or_else(|| "write a number of seconds from 0 to 3600".into())
@@ -560,7 +549,7 @@ pub struct ModelArgs {
     pub deterministic: bool,
     /// Thinking delimiters: s1 (<|im_start|>think ... <|im_start|>answer), deepseek-r1 or think-tags (<think> ... </think>), none, or auto:
     /// what the model folder says.
-    #[arg(long, default_value = "auto", value_name = "KIND", value_parser = parse_thinking)]
+    #[arg(long, default_value = "auto", value_name = "KIND", value_parser = ThinkingChoice::named)]
     thinking: ThinkingChoice,
     /// Explicit delimiter that opens the thinking.
     #[arg(long, value_name = "TEXT", requires = "thinking_end", conflicts_with = "thinking")]
@@ -690,6 +679,7 @@ impl RequestArgs {
                 end_string: budget.end_string.clone(),
                 accounting: budget.accounting.into(),
                 on_end: budget.on_end.into(),
+                thinking: None,
             },
             ..Request::default()
         }

@@ -2,7 +2,7 @@
 //! refused, where it could not be enforced. The contract is in kernels/budget.cuh. Knows no device.
 
 use crate::batch::{Accounting, BudgetParams, OnEnd};
-use crate::thinking::{Delimiters, MAX_STRING};
+use crate::thinking::{Delimiters, MAX_STRING, ThinkingChoice};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
@@ -20,6 +20,8 @@ pub struct BudgetRequest {
     pub end_string: Option<String>,
     pub accounting: Accounting,
     pub on_end: OnEnd,
+    /// The delimiters of this request. Absent: the model's.
+    pub thinking: Option<ThinkingChoice>,
 }
 
 /// Limits of the sampler kernel (kernels/params.h).

@@ -163,8 +163,9 @@ pub(crate) fn accept(
     context: u32,
 ) -> Result<Accepted> {
     let (setup, transcript) = frontend.accept(request, id.0, context)?;
+    let delimiters = frontend.delimiters_of(&request.budget)?;
     let guided = request.grammar.as_ref().map(|grammar| {
-        let opens = frontend.delimiters.as_ref().filter(|d| !d.start_in_prompt);
+        let opens = delimiters.filter(|d| !d.start_in_prompt);
         let start = opens.map_or_else(Vec::new, |d| d.start.clone());
         GuidedAnswer::new(grammar, &setup, start, frontend.config.vocab_size)
     });

@@ -12,6 +12,7 @@ use crate::thinking::{Delimiters, ThinkingChoice};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -110,37 +111,55 @@ impl Frontend {
         self.template.as_ref().is_some_and(|template| template.has(tag) && template.variables().contains("tools"))
     }
 
+    /// The delimiters of a request's thinking: the model's, unless it names others.
+    ///
+    /// # Errors
+    /// Delimiters that this tokenizer does not have.
+    pub fn delimiters_of(&self, budget: &BudgetRequest) -> Result<Option<Cow<'_, Delimiters>>> {
+        match &budget.thinking {
+            None => Ok(self.delimiters.as_ref().map(Cow::Borrowed)),
+            Some(choice) => Ok(Delimiters::resolve(choice, &self.folder, &self.tokenizer)?.map(Cow::Owned)),
+        }
+    }
+
     /// [`Frontend::encode_chat_with`] nothing else.
     ///
     /// # Errors
     /// As that.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        self.encode_chat_with(messages, &Map::new())
+        self.encode_chat_with(messages, &Map::new(), &BudgetRequest::default())
     }
 
     /// The prompt that asks for an answer to these messages, thinking opened where the model expects that. `variables`: what the
-    /// template is told beside them.
+    /// template is told beside them. `budget`: only whose delimiters count.
     ///
     /// # Errors
     /// A model without a chat template, or one that does not take these messages.
-    pub fn encode_chat_with(&self, messages: &[Message], variables: &Map<String, Value>) -> Result<Vec<u32>> {
+    pub fn encode_chat_with(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, Value>,
+        budget: &BudgetRequest,
+    ) -> Result<Vec<u32>> {
+        let delimiters = self.delimiters_of(budget)?;
+        let delimiters = delimiters.as_deref();
         let Some(template) = &self.template else {
             return Err(Error::model(
                 &self.folder,
                 "the model has no chat template: give the prompt as it is, with --raw",
             ));
         };
-        let (messages, variables, mark) = self.mark_special(messages, variables)?;
+        let (messages, variables, mark) = self.mark_special(messages, variables, delimiters)?;
         // Qwen3's template closes the thinking at once where it is not wanted.
         let mut variables = variables;
-        variables.entry("enable_thinking").or_insert(self.delimiters.is_some().into());
+        variables.entry("enable_thinking").or_insert(delimiters.is_some().into());
         let mut ids = Vec::new();
         let text = template.render(&messages, true, &variables)?;
         self.check_length(&text)?;
         for part in text.split(mark) {
             ids.extend(self.tokenizer.encode(part)?);
         }
-        ids.extend(self.delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));
+        ids.extend(delimiters.iter().filter(|d| d.start_in_prompt).flat_map(|d| &d.start));
         Ok(ids)
     }
 
@@ -150,6 +169,7 @@ impl Frontend {
         &self,
         messages: &[Message],
         variables: &Map<String, Value>,
+        delimiters: Option<&Delimiters>,
     ) -> Result<(Vec<Message>, Map<String, Value>, char)> {
         let said = serde_json::to_value((messages, variables)).expect("messages are plain");
         // Characters that Unicode keeps for such purposes.
@@ -162,7 +182,7 @@ impl Frontend {
         };
         let special: Vec<_> =
             self.tokenizer.special_tokens().iter().filter(|text| !text.is_empty()).cloned().map(apart).collect();
-        let delimiters = self.delimiters.iter().flat_map(|d| [&d.start, &d.end]).map(|ids| self.tokenizer.decode(ids));
+        let delimiters = delimiters.into_iter().flat_map(|d| [&d.start, &d.end]).map(|ids| self.tokenizer.decode(ids));
         let delimiters: Vec<_> = delimiters.filter(|text| !text.is_empty()).map(apart).collect();
         let marked = messages.iter().map(|message| {
             let mut message = serde_json::to_value(message).expect("messages are plain");
@@ -226,7 +246,7 @@ impl Frontend {
             let problem = format!("{} is more than can be generated, {max_generated}", sampling.min_tokens);
             return Err(Error::request("min_tokens", problem));
         }
-        let mut budget_params = budget.validate(self.delimiters.as_ref(), &self.tokenizer, prompt)?;
+        let mut budget_params = budget.validate(self.delimiters_of(budget)?.as_deref(), &self.tokenizer, prompt)?;
         if let Some(params) = &mut budget_params
             && request.grammar.is_some()
             && budget.end_string.is_none()

@@ -37,6 +37,21 @@ pub enum ThinkingChoice {
     },
 }
 
+impl ThinkingChoice {
+    /// # Errors
+    /// What the names are, if this is none of them.
+    pub fn named(text: &str) -> std::result::Result<ThinkingChoice, String> {
+        match text {
+            "auto" => Ok(ThinkingChoice::Auto),
+            "none" => Ok(ThinkingChoice::None),
+            name => Profile::named(name).map(ThinkingChoice::Profile).ok_or_else(|| {
+                let known: Vec<&str> = PROFILES.iter().map(|profile| profile.name).collect();
+                format!("say auto, none or one of {}", known.join(", "))
+            }),
+        }
+    }
+}
+
 /// How a family thinks.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Profile {

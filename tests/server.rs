@@ -313,6 +313,48 @@ fn log_probabilities_of_answers_and_prompts() {
     assert_eq!((content.len(), content[0]["top_logprobs"].as_array().unwrap().len()), (2, 3));
 }
 
+/// A server that was told of no thinking does as one that was, where the request names the delimiters; and the other way round.
+#[test]
+fn a_request_brings_its_own_delimiters() {
+    let thinks = Server::real();
+    let does_not = Server::start(modulo::engine(&ThinkingChoice::None), Settings::default());
+    let mut body = question(&modulo::problem(1).question());
+    body["temperature"] = 0.into();
+    body["max_tokens"] = 120.into();
+    let answer = |server: &Server, body: &Value| {
+        let mut choice = server.ask(CHAT, body)["choices"][0].clone();
+        choice["thinking"].take();
+        choice
+    };
+    let plain = answer(&does_not, &body);
+    assert!(plain["message"].get("reasoning").is_none());
+    let mut other = body.clone();
+    other["thinking_delimiters"] = "none".into();
+    assert_eq!(answer(&thinks, &other)["message"], plain["message"]);
+    body["thinking_token_budget"] = 30.into();
+    other = body.clone();
+    assert_eq!(does_not.post(CHAT, &other).status, 400, "no delimiters, no budget");
+    other["thinking_delimiters"] = "s1".into();
+    let own = answer(&thinks, &body);
+    assert!(own["message"]["reasoning"].as_str().unwrap().len() > 20);
+    assert_eq!(answer(&does_not, &other), own);
+    other["thinking_delimiters"] = json!({"start": "", "end": "no\n"});
+    let until_no = answer(&does_not, &other)["message"].clone();
+    assert!(!until_no["reasoning"].as_str().unwrap().contains("no\n"), "{until_no}");
+    for (wrong, words) in [
+        (json!("s2"), "deepseek-r1"),
+        (json!("think-tags"), "<think>"),
+        (json!({"start": "a"}), "start and end"),
+        (json!({"start": "a", "end": "b", "middle": "c"}), "middle"),
+        (json!({"start": "a", "end": ""}), "empty"),
+        (json!(3), "profile"),
+    ] {
+        other["thinking_delimiters"] = wrong.clone();
+        let reply = does_not.post(CHAT, &other);
+        assert!(reply.status == 400 && reply.text.contains(words), "{wrong}: {}", reply.text);
+    }
+}
+
 /// Pages of 64 tokens that an earlier request has left; of the answers to one prompt they count once.
 #[test]
 fn usage_tells_what_was_found() {

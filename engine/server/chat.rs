@@ -25,6 +25,7 @@ pub struct Chat {
     /// Token ids of the answers are to be told.
     ids: bool,
     prompt_logprobs: bool,
+    thinks: bool,
     tools: Option<Tools>,
     choices: Vec<Choice>,
 }
@@ -75,7 +76,7 @@ impl Dialect for Chat {
         };
         request.grammar = state.grammar(form)?;
         variables.extend(tools.iter().map(|tools| ("tools".into(), tools.list.clone())));
-        let prompt = state.service.frontend().encode_chat_with(&messages, &variables)?;
+        let prompt = state.service.frontend().encode_chat_with(&messages, &variables, &request.budget)?;
         let chat = Chat {
             service: state.service.clone(),
             head,
@@ -85,6 +86,7 @@ impl Dialect for Chat {
             reasoning,
             ids,
             prompt_logprobs: request.sampling.prompt_logprobs.is_some(),
+            thinks: state.service.frontend().delimiters_of(&request.budget)?.is_some(),
             tools,
             choices: (0..n).map(|_| Choice::default()).collect(),
         };
@@ -287,7 +289,7 @@ impl Chat {
     }
 
     fn add_thinking(&self, index: usize, choice: &mut Value) {
-        if self.service.frontend().delimiters.is_some() {
+        if self.thinks {
             choice["thinking"] = self.choices[index].counts.thinking();
         }
     }

@@ -18,7 +18,7 @@ pub fn prompt(mut fields: Fields, state: &ServerState) -> ApiResult<Vec<u32>> {
     let thinking = parameters::thinking(&mut fields, state)?;
     let mut variables = parameters::template_variables(&thinking, state, &mut Vec::new())?;
     variables.extend(Tools::take(&mut fields, state)?.map(|tools| ("tools".into(), tools.list)));
-    Ok(state.service.frontend().encode_chat_with(&messages, &variables)?)
+    Ok(state.service.frontend().encode_chat_with(&messages, &variables, &thinking.budget)?)
 }
 
 /// The conversation so far, from a field.

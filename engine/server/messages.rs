@@ -49,7 +49,7 @@ impl Dialect for Messages {
             id: state.new_id("msg_"),
             model: state.settings.model_name.clone(),
             prompt_tokens: prompt.len(),
-            thinks: state.service.frontend().delimiters.is_some(),
+            thinks: state.service.frontend().delimiters_of(&request.budget)?.is_some(),
             counts: Counts::default(),
             channels: Channels::default(),
             blocks: 0,
@@ -193,7 +193,7 @@ fn prompt(fields: &mut Fields, state: &ServerState, unknown: &mut Vec<String>) -
     }
     let thinking = parameters::thinking(fields, state)?;
     let variables: Map<String, Value> = parameters::template_variables(&thinking, state, unknown)?;
-    Ok((state.service.frontend().encode_chat_with(&messages, &variables)?, thinking.budget))
+    Ok((state.service.frontend().encode_chat_with(&messages, &variables, &thinking.budget)?, thinking.budget))
 }
 
 /// How many tokens the prompt of a request has.

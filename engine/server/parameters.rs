@@ -2,10 +2,11 @@
 
 use super::ServerState;
 use super::errors::{ApiError, ApiResult};
-use super::fields::{Fields, about_thinking};
+use super::fields::{Fields, MAX_STRING_BYTES, about_thinking};
 use crate::budget::{BudgetRequest, MAX_IGNORE_STRINGS};
 use crate::frontend::Request;
 use crate::sampling::{MAX_LOGIT_BIAS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, SamplingRequest};
+use crate::thinking::ThinkingChoice;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
@@ -136,6 +137,7 @@ pub fn thinking(fields: &mut Fields, state: &ServerState) -> ApiResult<Thinking>
         return Err(fields.error("thinking_n_ignore_str", format!("more than {MAX_IGNORE_STRINGS} strings")));
     }
     budget.end_string = fields.string("thinking_end_str")?;
+    budget.thinking = delimiters(fields)?;
     if let Some(mut object) = fields.object("thinking")? {
         let kind = object.string("type")?;
         thinking.enabled = match kind.as_deref() {
@@ -201,9 +203,39 @@ pub fn thinking(fields: &mut Fields, state: &ServerState) -> ApiResult<Thinking>
         {
             return Err(fields.error("thinking", "a budget for thinking that is switched off: leave out one of them"));
         }
-        thinking.budget.max_thinking_tokens = state.service.frontend().delimiters.is_some().then_some(0);
+        let thinks = state.service.frontend().delimiters_of(&thinking.budget)?.is_some();
+        thinking.budget.max_thinking_tokens = thinks.then_some(0);
     }
     Ok(thinking)
+}
+
+/// `thinking_delimiters`: the name of a profile, or {"start", "end"}; for this request in place of the model's.
+fn delimiters(fields: &mut Fields) -> ApiResult<Option<ThinkingChoice>> {
+    const NAME: &str = "thinking_delimiters";
+    match fields.take(NAME) {
+        None => Ok(None),
+        Some(Value::String(name)) => match ThinkingChoice::named(&name) {
+            Ok(choice) => Ok(Some(choice)),
+            Err(problem) => Err(fields.error(NAME, problem)),
+        },
+        Some(Value::Object(object)) => {
+            fields.put(NAME, Value::Object(object));
+            let mut object = fields.object(NAME)?.expect("just put there");
+            let choice = match (object.string("start")?, object.string("end")?) {
+                (Some(start), Some(end)) if start.len().max(end.len()) <= MAX_STRING_BYTES => {
+                    ThinkingChoice::Explicit { start, end }
+                }
+                _ => {
+                    return Err(
+                        fields.error(NAME, format!("start and end: two strings of up to {MAX_STRING_BYTES} bytes"))
+                    );
+                }
+            };
+            refuse_rest(object)?;
+            Ok(Some(choice))
+        }
+        Some(_) => Err(fields.error(NAME, "not the name of a profile, nor an object of start and end")),
+    }
 }
 
 const BUDGET_NAMES: [&str; 3] = ["thinking_token_budget", "thinking_budget", "reasoning_max_tokens"];

@@ -61,7 +61,7 @@ impl Dialect for Responses {
         let variables = parameters::template_variables(&thinking, state, &mut unknown)?;
         unknown.extend(fields.unknown()?);
         request.budget = thinking.budget;
-        let prompt = state.service.frontend().encode_chat_with(&messages, &variables)?;
+        let prompt = state.service.frontend().encode_chat_with(&messages, &variables, &request.budget)?;
         let responses = Responses {
             id: state.new_id("resp_"),
             created: super::seconds_since_1970(),
@@ -69,7 +69,7 @@ impl Dialect for Responses {
             instructions,
             max_tokens: request.max_tokens,
             prompt_tokens: prompt.len(),
-            thinks: state.service.frontend().delimiters.is_some(),
+            thinks: state.service.frontend().delimiters_of(&request.budget)?.is_some(),
             counts: Counts::default(),
             finish: None,
             channels: Channels::default(),
