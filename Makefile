@@ -68,6 +68,8 @@ clients:
 	-@scripts/toolchain.sh openai
 	-@scripts/toolchain.sh lm-eval
 	-@scripts/toolchain.sh guidellm
+	-@scripts/toolchain.sh vllm-router
+	-@scripts/toolchain.sh haproxy
 
 setup:
 	@scripts/toolchain.sh libclang cuda disassembler clang-format

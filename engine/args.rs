@@ -113,6 +113,10 @@ pub struct ServeArgs {
     /// medium=8192 high=32768 xhigh=unlimited max=unlimited].
     #[arg(long, value_name = "NAME=TOKENS", value_parser = parse_effort)]
     pub reasoning_effort: Vec<(String, Option<u32>)>,
+    /// Where to tell what the prefix cache knows, over ZeroMQ as vLLM does, for routers: tcp://127.0.0.1:5557. Who can connect
+    /// there reads the tokens of prompts.
+    #[arg(long, value_name = "ADDRESS")]
+    pub kv_events: Option<String>,
     /// Write the log as JSON.
     #[arg(long)]
     pub log_json: bool,

@@ -23,6 +23,11 @@ impl PageHash {
         PageHash(*blake3::hash(tenant.as_bytes()).as_bytes())
     }
 
+    /// A short name, for others.
+    pub fn short(&self) -> u64 {
+        u64::from_le_bytes(*self.0.first_chunk().expect("32 bytes"))
+    }
+
     /// The page that follows `self` and holds `tokens`.
     pub fn then(&self, tokens: &[u32]) -> PageHash {
         let mut hasher = blake3::Hasher::new();
@@ -30,6 +35,23 @@ impl PageHash {
         PageHash(*hasher.finalize().as_bytes())
     }
 }
+
+/// What others may find, or find no more. For those who send requests to where their beginning is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CacheChange {
+    /// `parent`: the page before it, if it is not the first.
+    Stored {
+        hash: PageHash,
+        parent: Option<PageHash>,
+        tokens: Vec<u32>,
+    },
+    Removed {
+        hash: PageHash,
+    },
+}
+
+/// Hears of changes in their order. It must not wait.
+pub type CacheWatcher = Box<dyn FnMut(CacheChange) + Send>;
 
 pub struct Blocks {
     /// Tokens that one page holds.
@@ -43,6 +65,7 @@ pub struct Blocks {
     known: HashMap<PageHash, u32>,
     /// Of them, those that nobody holds: a ring of `Page::older` and `Page::newer` through page 0.
     unused: u32,
+    watcher: Option<CacheWatcher>,
 }
 
 #[derive(Clone, Default)]
@@ -66,7 +89,13 @@ impl Blocks {
             free: (1..pages).rev().collect(),
             known: HashMap::new(),
             unused: 0,
+            watcher: None,
         }
+    }
+
+    /// From now on `watcher` is told of what becomes known or unknown.
+    pub fn watch(&mut self, watcher: CacheWatcher) {
+        self.watcher = Some(watcher);
     }
 
     /// Pages that so many tokens need.
@@ -154,26 +183,43 @@ impl Blocks {
         let page = self.pages[0].newer;
         assert!(page != 0, "a page was asked for where none is available");
         self.unlink(page);
-        let hash = self.pages[page as usize].hash.take().expect("unused pages are known");
-        self.known.remove(&hash);
+        self.make_unknown(page);
         page
     }
 
-    /// Makes a full page of `slot` known, unless another page is by that name. Steps that come later may read it.
-    pub fn publish(&mut self, slot: u32, index: u32, hash: PageHash) {
+    fn make_unknown(&mut self, page: u32) {
+        let Some(hash) = self.pages[page as usize].hash.take() else { return };
+        self.known.remove(&hash);
+        if let Some(watcher) = &mut self.watcher {
+            watcher(CacheChange::Removed { hash });
+        }
+    }
+
+    /// Makes a full page of `slot` known, unless another page is by that name. Steps that come later may read it. `contents` are
+    /// for the watcher: the page before it and its tokens, if they are to be told.
+    pub fn publish(
+        &mut self,
+        slot: u32,
+        index: u32,
+        hash: PageHash,
+        contents: impl FnOnce() -> Option<(Option<PageHash>, Vec<u32>)>,
+    ) {
         let page = self.tables[slot as usize][index as usize];
         if self.pages[page as usize].hash.is_none() && !self.known.contains_key(&hash) {
             self.known.insert(hash, page);
             self.pages[page as usize].hash = Some(hash);
+            if let Some(watcher) = &mut self.watcher
+                && let Some((parent, tokens)) = contents()
+            {
+                watcher(CacheChange::Stored { hash, parent, tokens });
+            }
         }
     }
 
     /// Nobody else is to take the pages of `slot`: what is in them is not to be trusted.
     pub fn forget(&mut self, slot: u32) {
-        for &page in &self.tables[slot as usize] {
-            if let Some(hash) = self.pages[page as usize].hash.take() {
-                self.known.remove(&hash);
-            }
+        for index in 0..self.tables[slot as usize].len() {
+            self.make_unknown(self.tables[slot as usize][index]);
         }
     }
 

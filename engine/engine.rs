@@ -5,7 +5,7 @@
 
 use crate::Result;
 use crate::batch::{Finish, TokenEvent};
-use crate::blocks::PageHash;
+use crate::blocks::{CacheWatcher, PageHash};
 use crate::device::Device;
 use crate::executor::{ExecutorOptions, KernelCost, MemoryPlan};
 use crate::frontend::{Frontend, Request};
@@ -67,6 +67,11 @@ impl Engine {
     /// Longest sequence: prompt and answer.
     pub fn context(&self) -> u32 {
         self.stepper.context()
+    }
+
+    /// From now on `watcher` is told what a later prompt would find computed.
+    pub fn watch_cache(&mut self, watcher: CacheWatcher) {
+        self.stepper.watch_cache(watcher);
     }
 
     /// # Errors

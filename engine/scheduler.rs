@@ -15,7 +15,7 @@
 //! Invariant ([`Scheduler::check`]): whoever is preempted is behind all that hold pages. Knows no device and no text.
 
 use crate::batch::{Accounting, Batch, Finish, Mask, PrefillChunk, Scoring, SlotSetup, ThinkingEnd, TokenEvent, Work};
-use crate::blocks::{Blocks, PageHash};
+use crate::blocks::{Blocks, CacheWatcher, PageHash};
 use std::collections::{BTreeMap, HashMap};
 
 /// What the device has room for, and how to use it.
@@ -168,6 +168,18 @@ impl Sequence {
         &self.hashes[..(self.tokens.len() - 1) / page_tokens as usize]
     }
 
+    /// Others may take page `index`, which has been computed. What is in it is told to nobody if tenants keep it to themselves.
+    fn publish(&self, blocks: &mut Blocks, slot: u32, index: u32, page_tokens: u32) {
+        let at = index as usize;
+        let contents = || {
+            let (begin, end) = (index * page_tokens, (index + 1) * page_tokens);
+            let parent = at.checked_sub(1).map(|before| self.hashes[before]);
+            let is_public = self.tenant == PageHash::root("");
+            is_public.then(|| (parent, self.tokens[begin as usize..end as usize].to_vec()))
+        };
+        blocks.publish(slot, index, self.hashes[at], contents);
+    }
+
     /// Names the pages that have become full.
     fn name_pages(&mut self, page_tokens: u32) {
         let full = self.tokens.chunks_exact(page_tokens as usize);
@@ -220,6 +232,11 @@ impl Scheduler {
             decoded_last: None,
             counters: Counters::default(),
         }
+    }
+
+    /// From now on `watcher` is told what a later prompt would find computed.
+    pub fn watch_cache(&mut self, watcher: CacheWatcher) {
+        self.blocks.watch(watcher);
     }
 
     pub fn submit(&mut self, submission: Submission) {
@@ -333,7 +350,7 @@ impl Scheduler {
         }
         if cached.is_multiple_of(page_tokens) && sequence.stage == Stage::Decode && !self.limits.deterministic {
             let index = cached / page_tokens - 1;
-            self.blocks.publish(event.slot, index, sequence.hashes[index as usize]);
+            sequence.publish(&mut self.blocks, event.slot, index, page_tokens);
         }
         if event.finish.is_some() {
             self.end(event.slot);
@@ -419,7 +436,7 @@ impl Scheduler {
         let last = end == all;
         sequence.launched += u32::from(last);
         for index in position / page_tokens..end / page_tokens {
-            self.blocks.publish(slot, index, sequence.hashes[index as usize]);
+            sequence.publish(&mut self.blocks, slot, index, page_tokens);
         }
         *room -= end - position;
         self.counters.prefilled_tokens += u64::from(end - position);

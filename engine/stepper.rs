@@ -4,6 +4,7 @@
 
 use crate::Result;
 use crate::batch::{Batch, TokenEvent};
+use crate::blocks::CacheWatcher;
 use crate::config::ModelConfig;
 use crate::device::Device;
 use crate::executor::{Executor, ExecutorOptions, KernelCost, MemoryPlan};
@@ -176,6 +177,11 @@ impl Stepper {
     /// Longest sequence: prompt and answer.
     pub fn context(&self) -> u32 {
         self.runner.plan().context
+    }
+
+    /// As [`Scheduler::watch_cache`].
+    pub fn watch_cache(&mut self, watcher: CacheWatcher) {
+        self.scheduler.watch_cache(watcher);
     }
 
     pub fn submit(&mut self, submission: Submission, guided: Option<GuidedAnswer>) {

@@ -8,6 +8,8 @@
 #   openai        a Python with OpenAI's client, for the tests of the server (venv)
 #   lm-eval       lm-evaluation-harness with what it needs to ask servers, for the tests of the server (venv)
 #   guidellm      a benchmark of servers; the last release that does without PyTorch (venv)
+#   vllm-router   the router, for the test of several servers (venv)
+#   haproxy       the load balancer, for the same (the system's, or Debian packages)
 #   chromium      a browser and its driver, for the test of the page (the system's, or Debian packages)
 # .cargo/config.toml and the Makefile point there. A tool that is there is left alone; one that is being fetched appears
 # only when it is complete, so an interrupted run is simply run again.
@@ -98,34 +100,45 @@ venv() {
     ln -sfn "$tool.venv" "$home/$tool"
 }
 
-# Its folder holds two commands: chromium and chromedriver.
-chromium() {
-    new=$home/.new-chromium-$$
+# debian TOOL COMMAND... -- PACKAGE...: a folder .toolchain/TOOL with these commands, the system's or those of Debian packages, whose
+# paths below usr follow a colon.
+debian() {
+    tool=$1
+    shift
+    commands=
+    while [ "$1" != -- ]; do
+        commands="$commands $1"
+        shift
+    done
+    shift
+    new=$home/.new-$tool-$$
     trap 'rm -rf "$new"' EXIT
     trap 'exit 1' INT TERM HUP
     mkdir -p "$new/root" "$new/lists/partial" "$new/debs"
-    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then
-        for command in chromium chromedriver; do ln -s "$(command -v $command)" "$new/$command"; done
+    missing=
+    for command in $commands; do command -v "${command%:*}" >/dev/null || missing=$command; done
+    if [ -z "$missing" ]; then
+        for command in $commands; do ln -s "$(command -v "${command%:*}")" "$new/${command%:*}"; done
     else
-        echo "toolchain: fetching chromium"
+        echo "toolchain: fetching $tool"
         # Package lists of our own, since those of the system may be missing and only root writes them.
         apt="-qq -o Dir::State::Lists=$new/lists -o APT::Sandbox::User="
-        apt-get $apt update && packages=$(apt-get $apt -s install --no-install-recommends chromium chromium-driver |
-            sed -n 's/^Inst \([^ ]*\).*/\1/p') && [ "$packages" ] || fail "cannot fetch chromium: install it and chromedriver yourself"
-        (cd "$new/debs" && apt-get $apt download $packages) || fail "cannot fetch chromium's packages"
+        apt-get $apt update && packages=$(apt-get $apt -s install --no-install-recommends "$@" |
+            sed -n 's/^Inst \([^ ]*\).*/\1/p') && [ "$packages" ] || fail "cannot fetch $tool: install it yourself"
+        (cd "$new/debs" && apt-get $apt download $packages) || fail "cannot fetch the packages of $tool"
         for package in "$new"/debs/*.deb; do dpkg-deb -x "$package" "$new/root"; done
-        for command in lib/chromium/chromium:chromium bin/chromedriver:chromedriver; do
-            cat >"$new/${command#*:}" <<END
+        for command in $commands; do
+            cat >"$new/${command%:*}" <<END
 #!/bin/sh
 root=\$(dirname "\$(readlink -f "\$0")")/root/usr
 export LD_LIBRARY_PATH=\$root/lib/$(uname -m)-linux-gnu:\$root/lib/$(uname -m)-linux-gnu/pulseaudio
-exec "\$root/${command%:*}" "\$@"
+exec "\$root/${command#*:}" "\$@"
 END
-            chmod +x "$new/${command#*:}"
+            chmod +x "$new/${command%:*}"
         done
         rm -rf "$new/debs" "$new/lists"
     fi
-    mv -T "$new" "$home/chromium" 2>/dev/null || [ -e "$home/chromium" ] || fail "cannot write $home/chromium"
+    mv -T "$new" "$home/$tool" 2>/dev/null || [ -e "$home/$tool" ] || fail "cannot write $home/$tool"
 }
 
 for name in "$@"; do
@@ -140,7 +153,9 @@ for name in "$@"; do
     openai) venv openai openai==3.54.0 ;;
     lm-eval) venv lm-eval --no-binary rouge-score,sqlitedict,word2number 'lm-eval[api]==0.4.13' transformers==5.17.0 ;;
     guidellm) venv guidellm guidellm==0.3.1 datasets==5.0.1 transformers==5.17.0 ;;
-    chromium) chromium ;;
+    chromium) debian chromium chromium:lib/chromium/chromium chromedriver:bin/chromedriver -- chromium chromium-driver ;;
+    vllm-router) venv vllm-router vllm-router==0.1.17 ;;
+    haproxy) debian haproxy haproxy:sbin/haproxy -- haproxy ;;
     *) fail "unknown tool $name" ;;
     esac
 done

@@ -2,7 +2,7 @@
 
 use crate::random::Random;
 use ponder::batch::{PageCopy, PageEntry};
-use ponder::blocks::{Blocks, PageHash};
+use ponder::blocks::{Blocks, CacheChange, PageHash};
 use std::collections::BTreeSet;
 
 const PAGES: u32 = 24;
@@ -66,7 +66,7 @@ fn random_operations() {
             }
             6 if !table.is_empty() => {
                 let index = random.below(table.len().min(8) as u32);
-                blocks.publish(slot, index, families[*family][index as usize]);
+                blocks.publish(slot, index, families[*family][index as usize], || None);
             }
             7 if random.below(20) == 0 => blocks.forget(slot),
             _ => {}
@@ -97,7 +97,7 @@ fn the_longest_unused_goes_first() {
     let mut entries = Vec::new();
     for (names, pages) in [(&a, 3), (&b, 2)] {
         blocks.grow(1, pages * TOKENS, &mut entries);
-        (0..pages).for_each(|i| blocks.publish(1, i, names[i as usize]));
+        (0..pages).for_each(|i| blocks.publish(1, i, names[i as usize], || None));
         blocks.release(1);
         blocks.check();
     }
@@ -123,7 +123,7 @@ fn a_name_has_one_page() {
     let mut entries = Vec::new();
     for slot in [1, 2] {
         blocks.grow(slot, TOKENS, &mut entries);
-        blocks.publish(slot, 0, a[0]);
+        blocks.publish(slot, 0, a[0], || None);
         blocks.check();
     }
     entries.clear();
@@ -140,4 +140,31 @@ fn tenants_share_nothing() {
     assert_ne!(PageHash::root("a").then(&tokens), PageHash::root("b").then(&tokens));
     assert_ne!(PageHash::root("a").then(&tokens), PageHash::root("a").then(&tokens).then(&tokens));
     assert_eq!(PageHash::root("a").then(&tokens), PageHash::root("a").then(&tokens));
+}
+
+#[test]
+fn who_watches_hears_what_may_be_found() {
+    let mut blocks = Blocks::new(4, 3, TOKENS);
+    let (sender, heard) = std::sync::mpsc::channel();
+    blocks.watch(Box::new(move |change| sender.send(change).unwrap()));
+    let (names, mut entries) = (names(0), Vec::new());
+    blocks.grow(1, 3 * TOKENS, &mut entries);
+    blocks.publish(1, 0, names[0], || Some((None, vec![1; 4])));
+    blocks.publish(1, 1, names[1], || Some((Some(names[0]), vec![2; 4])));
+    blocks.publish(1, 2, names[2], || None);
+    blocks.publish(1, 0, names[0], || panic!("it is known already"));
+    let stored = |i: usize| CacheChange::Stored {
+        hash: names[i],
+        parent: i.checked_sub(1).map(|before| names[before]),
+        tokens: vec![i as u32 + 1; 4],
+    };
+    assert_eq!(heard.try_iter().collect::<Vec<_>>(), [stored(0), stored(1)]);
+    blocks.release(1);
+    assert_eq!(heard.try_iter().count(), 0, "they may still be found");
+    blocks.grow(2, 2 * TOKENS, &mut entries);
+    let removed = |i: usize| CacheChange::Removed { hash: names[i] };
+    assert_eq!(heard.try_iter().collect::<Vec<_>>(), [removed(2), removed(1)]);
+    blocks.publish(2, 0, names[3], || None);
+    blocks.forget(2);
+    assert_eq!(heard.try_iter().collect::<Vec<_>>(), [removed(3)]);
 }

@@ -30,6 +30,7 @@ mod requests;
 mod resources;
 mod robustness;
 mod sampler;
+mod scale_out;
 mod scheduler;
 mod scripts;
 mod sequence;

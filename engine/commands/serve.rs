@@ -1,6 +1,7 @@
 //! `ponder serve`: the model over HTTP, until a signal ends it.
 
 use crate::args::ServeArgs;
+use crate::server::kv_events::{self, KvEvents};
 use crate::server::{self, EffortTable, ServerState, Settings};
 use crate::{Error, Result, Service};
 use std::io::IsTerminal;
@@ -21,7 +22,12 @@ pub fn run(args: &ServeArgs) -> Result<()> {
             Error::Usage(format!("cannot listen at {}:{}: {e}: choose another --port", args.host, args.port))
         })?;
     let telemetry = super::telemetry(&args.model.source, &device);
-    let engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
+    let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
+    let changes = args.kv_events.is_some().then(|| {
+        let (watcher, changes) = kv_events::channel();
+        engine.watch_cache(watcher);
+        changes
+    });
     let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
     let state = ServerState::new(Service::start(engine), telemetry, Settings { loopback, ..settings(args) });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Output)?;
@@ -30,6 +36,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let local = listener.local_addr().map_err(Error::Output)?;
         if !state.settings.loopback && state.settings.api_key.is_none() {
             tracing::warn!("everybody who can reach {local} may ask: set --api-key");
+        }
+        if let (Some(address), Some(changes)) = (&args.kv_events, changes) {
+            tokio::spawn(KvEvents::bind(address).await?.publish(changes));
         }
         tracing::info!(model = state.settings.model_name, "listening at http://{local}");
         server::serve(listener, state, signalled()).await

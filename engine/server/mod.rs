@@ -13,6 +13,7 @@ mod fields;
 mod form;
 mod generation;
 mod information;
+pub mod kv_events;
 mod listener;
 mod messages;
 mod metrics;
@@ -293,7 +294,9 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .route("/detokenize", post(information::detokenize))
         .route("/v1/chat/completions", generating::<chat::Chat>())
         .route("/v1/chat/completions/control", post(information::control))
+        .route("/v1/chat/completions/render", rendering::<chat::Chat>())
         .route("/v1/completions", generating::<completions::Completion>())
+        .route("/v1/completions/render", rendering::<completions::Completion>())
         .route("/v1/responses", generating::<responses::Responses>())
         .route("/v1/messages", generating::<messages::Messages>())
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
@@ -369,6 +372,21 @@ pub fn judge(address: &str, body: &[u8], state: &ServerState) -> std::result::Re
 fn generating<D: Dialect + 'static>() -> MethodRouter<Arc<ServerState>> {
     post(async |State(state): State<Arc<ServerState>>, request: Request| {
         generate::<D>(&state, request).await.unwrap_or_else(|error| error.response(&D::refusal(&error)))
+    })
+}
+
+/// {"token_ids"}: the prompt of a request, for routers that want to know who has its beginning in the cache.
+fn rendering<D: Dialect + 'static>() -> MethodRouter<Arc<ServerState>> {
+    post(async |State(state): State<Arc<ServerState>>, request: Request| {
+        let body = body(&state, request).await?;
+        blocking(&state, move |state| {
+            let (wanted, _) = D::parse(Fields::parse(&body)?, state)?;
+            match wanted.prompts.as_slice() {
+                [prompt] => Ok(json(&serde_json::json!({"token_ids": prompt}))),
+                _ => Err(ApiError::field("prompt", "one at a time")),
+            }
+        })
+        .await
     })
 }
 
