@@ -117,6 +117,9 @@ pub struct ServeArgs {
     /// there reads the tokens of prompts.
     #[arg(long, value_name = "ADDRESS")]
     pub kv_events: Option<String>,
+    /// Send a span of each request to this OpenTelemetry collector, by OTLP over HTTP: http://HOST:4318.
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
     /// Write the log as JSON.
     #[arg(long)]
     pub log_json: bool,

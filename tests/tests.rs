@@ -41,3 +41,4 @@ mod simulator;
 mod structured;
 mod study;
 mod tools;
+mod traces;

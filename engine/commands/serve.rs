@@ -2,7 +2,7 @@
 
 use crate::args::ServeArgs;
 use crate::server::kv_events::{self, KvEvents};
-use crate::server::{self, EffortTable, ServerState, Settings};
+use crate::server::{self, EffortTable, ServerState, Settings, Traces};
 use crate::{Error, Result, Service};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -21,6 +21,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .map_err(|e| {
             Error::Usage(format!("cannot listen at {}:{}: {e}: choose another --port", args.host, args.port))
         })?;
+    let settings = settings(args)?;
+    let traces = settings.traces.clone();
     let telemetry = super::telemetry(&args.model.source, &device);
     let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &super::options(&args.model))?;
     let changes = args.kv_events.is_some().then(|| {
@@ -29,9 +31,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         changes
     });
     let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
-    let state = ServerState::new(Service::start(engine), telemetry, Settings { loopback, ..settings(args) });
+    let state = ServerState::new(Service::start(engine), telemetry, Settings { loopback, ..settings });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Output)?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         let listener = TcpListener::from_std(listener).map_err(Error::Output)?;
         let local = listener.local_addr().map_err(Error::Output)?;
         if !state.settings.loopback && state.settings.api_key.is_none() {
@@ -42,16 +44,23 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         }
         tracing::info!(model = state.settings.model_name, "listening at http://{local}");
         server::serve(listener, state, signalled()).await
-    })
+    });
+    // Requests that were cut off are told in spans, too.
+    drop(runtime);
+    traces.iter().for_each(Traces::finish);
+    served
 }
 
-fn settings(args: &ServeArgs) -> Settings {
+fn settings(args: &ServeArgs) -> Result<Settings> {
     let mut efforts = EffortTable::default();
     for (name, budget) in &args.reasoning_effort {
         efforts.set(name.clone(), *budget);
     }
-    Settings {
-        model_name: args.served_model_name.clone().unwrap_or_else(|| folder_name(&args.model.source.path)),
+    let model_name = args.served_model_name.clone().unwrap_or_else(|| folder_name(&args.model.source.path));
+    let to = |collector: &String| Traces::to(collector, &model_name);
+    Ok(Settings {
+        traces: args.otlp_traces_endpoint.as_ref().map(to).transpose()?,
+        model_name,
         api_key: args.api_key.clone(),
         max_body: args.max_body as usize,
         max_answers: args.max_answers,
@@ -60,7 +69,7 @@ fn settings(args: &ServeArgs) -> Settings {
         shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
         efforts,
         ..Settings::default()
-    }
+    })
 }
 
 fn folder_name(path: &Path) -> String {

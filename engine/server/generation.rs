@@ -53,27 +53,29 @@ pub struct Generation {
     told: Account,
 }
 
-/// What the log says of a request when it is over.
-struct Account {
+/// How a request came.
+pub struct Arrival {
+    pub at: Instant,
     /// What the client calls it (`x-request-id`).
-    request_id: Option<String>,
-    arrived: Instant,
-    first_token: Option<Instant>,
-    prompt_tokens: usize,
-    tokens: u64,
-    thinking_tokens: u64,
-    failed: bool,
+    pub request_id: Option<String>,
+    /// Of which trace it is a part.
+    pub trace: opentelemetry::Context,
+}
+
+/// What log and trace say of a request when it is over.
+pub struct Account {
+    pub arrival: Arrival,
+    pub first_token: Option<Instant>,
+    pub prompt_tokens: usize,
+    pub tokens: u64,
+    pub thinking_tokens: u64,
+    pub failed: bool,
 }
 
 impl Generation {
     /// # Errors
     /// What the engine refuses, and everything at a time when there is too much to do already.
-    pub fn start(
-        state: &Arc<ServerState>,
-        wanted: &GenerationRequest,
-        arrived: Instant,
-        request_id: Option<String>,
-    ) -> ApiResult<Generation> {
+    pub fn start(state: &Arc<ServerState>, wanted: &GenerationRequest, arrival: Arrival) -> ApiResult<Generation> {
         state.note_unknown(&wanted.unknown);
         let choices = wanted.prompts.len() as u32 * wanted.n;
         let admit = |open: u32| open.checked_add(choices).filter(|&open| open <= state.settings.max_answers);
@@ -90,6 +92,7 @@ impl Generation {
             return Err(ApiError { retry_after: Some(1), ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message) });
         }
         let (sender, updates) = unbounded_channel();
+        let arrived = arrival.at;
         let mut generation = Generation {
             state: state.clone(),
             id: wanted.id.clone(),
@@ -99,8 +102,7 @@ impl Generation {
             open: choices as usize,
             choices,
             told: Account {
-                request_id,
-                arrived,
+                arrival,
                 first_token: None,
                 prompt_tokens: wanted.prompts.iter().map(Vec::len).sum(),
                 tokens: 0,
@@ -176,15 +178,18 @@ impl Drop for Generation {
             (false, 0) => "answered",
             (false, _) => "cancelled",
         };
+        if let Some(traces) = &self.state.settings.traces {
+            traces.record(&self.id, told, outcome);
+        }
         tracing::info!(
             response = self.id,
-            request_id = told.request_id,
+            request_id = told.arrival.request_id,
             choices = self.choices,
             prompt_tokens = told.prompt_tokens,
             tokens = told.tokens,
             thinking_tokens = told.thinking_tokens,
-            first_token_ms = told.first_token.map(|at| (at - told.arrived).as_millis() as u64),
-            total_ms = told.arrived.elapsed().as_millis() as u64,
+            first_token_ms = told.first_token.map(|at| (at - told.arrival.at).as_millis() as u64),
+            total_ms = told.arrival.at.elapsed().as_millis() as u64,
             outcome,
             "request"
         );

@@ -23,10 +23,12 @@ mod parameters;
 mod responses;
 mod sse;
 mod tools;
+mod traces;
 
 pub use errors::ApiError;
 pub use listener::{serve, serve_router};
 pub use parameters::EffortTable;
+pub use traces::Traces;
 
 use crate::engine::{RequestId, Update};
 use crate::guide::Grammar;
@@ -45,7 +47,7 @@ use axum::routing::{MethodRouter, get, post};
 use errors::ApiResult;
 use fields::Fields;
 use form::Form;
-use generation::{Generation, GenerationRequest};
+use generation::{Arrival, Generation, GenerationRequest};
 use metrics::Metrics;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -81,6 +83,8 @@ pub struct Settings {
     /// Work without a step for that long is the end of health.
     pub stall: Duration,
     pub efforts: EffortTable,
+    /// Where a span of each request goes.
+    pub traces: Option<Traces>,
 }
 
 impl Default for Settings {
@@ -100,6 +104,7 @@ impl Default for Settings {
             sse_ping: Duration::from_secs(15),
             stall: Duration::from_secs(30),
             efforts: EffortTable::default(),
+            traces: None,
         }
     }
 }
@@ -396,11 +401,15 @@ async fn generate<D: Dialect + 'static>(state: &Arc<ServerState>, request: Reque
     }
     let request_id = request.headers().get("x-request-id").and_then(|value| value.to_str().ok());
     let request_id = request_id.map(|id| id.chars().take(MAX_REQUEST_ID).collect());
+    let trace = match state.settings.traces {
+        Some(_) => Traces::parent(request.headers()),
+        None => opentelemetry::Context::new(),
+    };
     let body = body(state, request).await?;
-    let arrived = Instant::now();
+    let arrival = Arrival { at: Instant::now(), request_id, trace };
     let (generation, mut dialect, stream) = blocking(state, move |state| {
         let (wanted, dialect) = D::parse(Fields::parse(&body)?, state)?;
-        Ok((Generation::start(state, &wanted, arrived, request_id)?, dialect, wanted.stream))
+        Ok((Generation::start(state, &wanted, arrival)?, dialect, wanted.stream))
     })
     .await?;
     if stream {
