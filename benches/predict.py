@@ -41,6 +41,7 @@ EXPOSED = 0.93
 PRODUCTS = ("HGMMA", "HMMA")
 # What no way through a loop may leave out.
 WORK = (*PRODUCTS, "MUFU")
+CONVERT = 22  # instructions that a lane spends on 8 numbers of e4m3, to make them bf16
 BARRIER = 0.9  # us: a barrier of a cluster of eight, with the reduction before it
 PUBLISH = 1.5  # us: a record to host memory, a fence, a ticket
 LOGIT = 8  # instructions that a pass of the sampler spends on a logit
@@ -252,7 +253,9 @@ def attn_prefill(case, loop, tiling):
     pairs = case["flops"] // (4 * shape["q_heads"] * dim)
     tensor = 2 * rows * 128 * dim / TENSOR
     softmax = max(rows / 16 * loop["instructions"] / ISSUE, rows * 128 / EXPONENTIALS)
-    tile = max(tensor, softmax) + EXPOSED * min(tensor, softmax)
+    # Of fp8, two tiles are converted by three warps.
+    convert = 2 * 128 * dim / 8 / 32 * CONVERT / ISSUE if case["name"] == "fp8" else 0
+    tile = max(tensor, softmax) + EXPOSED * (min(tensor, softmax) + convert)
     item = 800  # clocks: its first product waits, its result leaves
     if shape["sequences"] == 1:
         starts = range(shape["keys"] - shape["rows"], shape["keys"], tokens)
@@ -344,9 +347,12 @@ def ring(kernel, shared_bytes):
         numbers = [int(n) for n in re.findall(r"[?:] (\d+)", of_family("gemv", "int kStages"))]
         return numbers[max(0, int(kernel.rsplit("_m", 1)[1]).bit_length() - 5)], 64 * 128 * 2
     if kernel.startswith("attn"):
-        family, dim = kernel.rsplit("_d", 1)
+        family, dim = kernel.removesuffix("_fp8").rsplit("_d", 1)
+        bytes_ = 1 if kernel.endswith("_fp8") else 2
         if family == "attn_decode":
-            return 65536 // (64 * int(dim) * 2), 64 * int(dim) * 2
+            return 65536 // (64 * int(dim) * bytes_), 64 * int(dim) * bytes_
+        if bytes_ == 1:
+            return 32768 // (128 * int(dim)), 128 * int(dim)
         stages = (re.findall(r"\d+", of_family(family, name)) for name in ("kKeyStages", "kValueStages"))
         return sum(int(numbers[1 if dim == "64" else 2]) for numbers in stages), 128 * int(dim) * 2
     return None

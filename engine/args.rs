@@ -580,6 +580,10 @@ pub struct SourceArgs {
     /// Where the weights come from.
     #[arg(long, value_enum, default_value = "safetensors", value_name = "FORMAT")]
     pub load_format: LoadFormat,
+    /// What keys and values are kept as. fp8 (e4m3, with the checkpoint's k_scale and v_scale where it has them) takes half the
+    /// memory, at some cost in precision.
+    #[arg(long, value_enum, default_value = "auto", value_name = "TYPE")]
+    pub kv_cache_dtype: KvCacheDtype,
     /// Launch decode steps kernel by kernel instead of replaying recorded ones.
     #[arg(long)]
     pub no_graphs: bool,
@@ -589,6 +593,16 @@ pub struct SourceArgs {
     /// How decode steps follow one another while nothing else is to be done.
     #[arg(long, value_enum, value_name = "KIND", default_value = "step", conflicts_with = "no_graphs")]
     pub decode_loop: DecodeLoopKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvCacheDtype {
+    /// As activations: bf16.
+    Auto,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

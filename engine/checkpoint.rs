@@ -207,6 +207,29 @@ impl Checkpoint {
         Ok(TensorView { dtype: info.dtype, shape: &info.shape, bytes })
     }
 
+    /// A tensor of one number, above 0, that others are multiplied with.
+    ///
+    /// # Errors
+    /// No such tensor, or another one.
+    pub fn scale(&self, name: &str) -> Result<f32> {
+        let bad = |problem: String| Error::model(&self.source, format!("tensor {name:?} {problem}"));
+        let shape = match self.tensors.get(name) {
+            Some((_, info)) if info.shape == [1] => &[1][..],
+            _ => &[],
+        };
+        let tensor = self.tensor(name, shape)?;
+        let scale = match tensor.dtype {
+            Dtype::F32 => f32::from_le_bytes(tensor.bytes.try_into().expect("one number")),
+            Dtype::Bf16 => bf16::from_le_bytes(tensor.bytes.try_into().expect("one number")).to_f32(),
+            Dtype::F16 => f16::from_le_bytes(tensor.bytes.try_into().expect("one number")).to_f32(),
+            other => return Err(bad(format!("is {other:?}: scales in fp32, bf16 and fp16 are supported"))),
+        };
+        match scale.is_normal() && scale > 0.0 && scale.recip().is_normal() {
+            true => Ok(scale),
+            false => Err(bad(format!("is {scale}: a scale is above 0, and finite"))),
+        }
+    }
+
     /// A tensor that can be had in bf16.
     ///
     /// # Errors

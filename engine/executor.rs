@@ -8,7 +8,7 @@ use crate::device::{Buffer, Device, Graph, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS, TokenRing};
 use crate::kv_cache::KvCache;
 use crate::model::{self, Activations, Model, PrefillStep, Weights};
-use crate::ops::{self, Rows, Tiles};
+use crate::ops::{self, KvType, Rows, Tiles};
 use crate::scoring;
 use crate::slots::{self, Slots};
 use crate::tiles::{ChunkRows, prefill_tiles};
@@ -52,6 +52,7 @@ pub struct ExecutorOptions {
     /// KV cache in pages, or in bytes; absent: what is useful and fits.
     pub pages: Option<u32>,
     pub kv_memory: Option<u64>,
+    pub kv_type: KvType,
     /// Of the device's whole memory, how much may be taken, everything included; absent: most of what is free.
     pub memory_utilization: Option<f64>,
     /// Most prompt tokens in one step.
@@ -93,6 +94,7 @@ impl Default for ExecutorOptions {
             max_context: None,
             pages: None,
             kv_memory: None,
+            kv_type: KvType::default(),
             memory_utilization: None,
             prefill_chunk: 512,
             graphs: true,
@@ -110,6 +112,8 @@ pub struct MemoryPlan {
     pub slots: u32,
     /// Page 0 is reserved.
     pub pages: u32,
+    /// Of these.
+    pub kv_type: KvType,
     /// Tokens of the longest sequence.
     pub context: u32,
     pub prefill_chunk: u32,
@@ -137,10 +141,10 @@ impl MemoryPlan {
             return Err(Error::request("max_context", problem));
         }
         let (free, total) = device.memory()?;
-        // The sizes of the functions asked here are those of bf16.
-        let halves = device.simulated().map_or(2, SimulatedGpu::element_bytes);
-        let weights = model::weight_bytes(c) * halves / 2;
-        let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c)) * halves / 2;
+        // weight_bytes is of bf16.
+        let weights = model::weight_bytes(c) * device.simulated().map_or(2, SimulatedGpu::element_bytes) / 2;
+        let kv_type = if device.simulated().is_some_and(|gpu| gpu.fp8) { KvType::Fp8 } else { options.kv_type };
+        let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c), kv_type);
         let workspace = |context: u32| {
             let fixed_splits = fixed_splits(options, context.div_ceil(PAGE_TOKENS));
             Activations::bytes(device, c, options.prefill_chunk, fixed_splits)
@@ -191,6 +195,7 @@ impl MemoryPlan {
         Ok(MemoryPlan {
             slots: options.max_slots,
             pages,
+            kv_type,
             context,
             prefill_chunk: options.prefill_chunk,
             weights,
@@ -359,7 +364,8 @@ impl Executor {
         let model = Model::load(device, config, weights, plan.context, progress)?;
         let inputs = Inputs::new(device, plan.prefill_chunk)?;
         let max_pages = plan.context.div_ceil(PAGE_TOKENS);
-        let cache = KvCache::new(device, config.num_layers, model::heads(config), plan.pages, plan.slots, max_pages)?;
+        let (heads, scales) = (model::heads(config), model.kv_scales());
+        let cache = KvCache::new(device, heads, plan.kv_type, &scales, plan.pages, plan.slots, max_pages)?;
         let fixed_splits = fixed_splits(options, max_pages);
         let mut executor = Executor {
             device: device.clone(),

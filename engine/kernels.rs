@@ -76,8 +76,12 @@ kernels! {
     rope_append_d128: RopeParams, ROPE_THREADS;
     attn_prefill_d64: AttnPrefillParams, ATTN_PREFILL_THREADS_D64;
     attn_prefill_d128: AttnPrefillParams, ATTN_PREFILL_THREADS_D128;
+    attn_prefill_d64_fp8: AttnPrefillParams, ATTN_PREFILL_THREADS_D64;
+    attn_prefill_d128_fp8: AttnPrefillParams, ATTN_PREFILL_THREADS_D128;
     attn_decode_d64: AttnDecodeParams, ATTN_DECODE_THREADS;
     attn_decode_d128: AttnDecodeParams, ATTN_DECODE_THREADS;
+    attn_decode_d64_fp8: AttnDecodeParams, ATTN_DECODE_THREADS;
+    attn_decode_d128_fp8: AttnDecodeParams, ATTN_DECODE_THREADS;
     embed: EmbedParams, EMBED_THREADS;
     rms_norm: NormParams, NORM_THREADS;
     gemm_n96: GemmParams, GEMM_THREADS;

@@ -7,7 +7,10 @@ use crate::config::ModelConfig;
 use crate::device::{Buffer, Device, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::kv_cache::KvCache;
-use crate::ops::{self, Epilogue, Heads, Input, Linear, Norm, Output, Pages, RopeInto, Rows, Tiles, Tokens, Workspace};
+use crate::ops::{
+    self, Epilogue, Heads, Input, KvScales, KvType, Linear, Norm, Output, Pages, RopeInto, Rows, Tiles, Tokens,
+    Workspace,
+};
 use crate::slots::Slots;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -50,6 +53,7 @@ struct Layer {
     post_norm: Norm,
     gate_up: Linear,
     down: Linear,
+    kv_scales: KvScales,
 }
 
 /// What flows through a step; every buffer has room for `rows` rows. Reused by every layer.
@@ -147,10 +151,15 @@ pub fn layer_elements(c: &ModelConfig) -> u64 {
     (c.num_layers * (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size) as u64
 }
 
-/// Bytes that a decode step must read at the least: every weight once, K and V of `keys` tokens.
-pub fn decode_bytes(c: &ModelConfig, keys: u64) -> u64 {
+/// Bytes of weights that a decode step must read at the least: each once.
+pub fn decode_weight_bytes(c: &ModelConfig) -> u64 {
     let head = (c.vocab_size * c.hidden_size) as u64;
-    2 * (layer_elements(c) + head) + keys * KvCache::page_bytes(c.num_layers, heads(c)) / PAGE_TOKENS as u64
+    2 * (layer_elements(c) + head)
+}
+
+/// Bytes of K and V of so many tokens.
+pub fn key_bytes(c: &ModelConfig, kind: KvType, keys: u64) -> u64 {
+    keys * KvCache::page_bytes(c.num_layers, heads(c), kind) / PAGE_TOKENS as u64
 }
 
 /// Operations that a prompt of so many tokens costs at the least.
@@ -192,6 +201,11 @@ impl Model {
 
     fn heads(&self) -> Heads {
         heads(&self.config)
+    }
+
+    /// Of each layer, as the checkpoint has them.
+    pub fn kv_scales(&self) -> Vec<KvScales> {
+        self.layers.iter().map(|layer| layer.kv_scales).collect()
     }
 
     fn embed(&self, slots: &Slots, rows: &Rows, tokens: Tokens, to: &Activations) -> Launch {
@@ -363,7 +377,21 @@ impl Loader<'_> {
             qk_norm,
             input_norm: self.norm(&name("input_layernorm.weight"), h)?,
             post_norm: self.norm(&name("post_attention_layernorm.weight"), h)?,
+            kv_scales: self.kv_scales(index)?,
         })
+    }
+
+    /// Those of compressed-tensors, ModelOpt or vLLM; 1 where there are none.
+    fn kv_scales(&self, layer: usize) -> Result<KvScales> {
+        let Weights::Checkpoint(checkpoint) = self.weights else { return Ok(KvScales::default()) };
+        let scale = |which: &str| -> Result<f32> {
+            let spellings =
+                [format!("{which}_scale"), format!("{which}_proj.{which}_scale"), format!("attn.{which}_scale")];
+            let names = spellings.map(|name| format!("model.layers.{layer}.self_attn.{name}"));
+            let name = names.iter().find(|name| checkpoint.has(name));
+            name.map_or(Ok(1.0), |name| checkpoint.scale(name))
+        };
+        Ok(KvScales { k: scale("k")?, v: scale("v")? })
     }
 
     fn norm(&mut self, name: &str, size: usize) -> Result<Norm> {

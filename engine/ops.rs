@@ -78,10 +78,52 @@ impl Heads {
     }
 }
 
+/// What keys and values are kept as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    #[default]
+    Bf16,
+    /// e4m3, each number divided by the scale of its layer's K or V, and no larger than 448 then.
+    Fp8,
+}
+
+impl KvType {
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::Bf16 => "bf16",
+            KvType::Fp8 => "fp8",
+        }
+    }
+
+    /// Of one number.
+    pub fn bytes(self) -> u64 {
+        match self {
+            KvType::Bf16 => BF16,
+            KvType::Fp8 => 1,
+        }
+    }
+}
+
+/// What the numbers in a layer's fp8 pages are to be multiplied with. 1 serves wherever no key or value exceeds 448.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KvScales {
+    pub k: f32,
+    pub v: f32,
+}
+
+impl Default for KvScales {
+    fn default() -> Self {
+        KvScales { k: 1.0, v: 1.0 }
+    }
+}
+
 /// K and V of one layer: [pages][kv heads][64 tokens][dim], and where each sequence's pages lie.
 pub struct Pages<'a> {
     pub k: &'a Buffer,
     pub v: &'a Buffer,
+    pub kind: KvType,
+    /// Of fp8; 1 for bf16.
+    pub scales: KvScales,
     pub k_map: TensorMap,
     pub v_map: TensorMap,
     /// [slots][max_pages] i32.
@@ -370,7 +412,7 @@ pub fn gemv(
         }
         Output::Rope(into) => {
             params.rope = into.params();
-            w.n * BF16
+            into.row_bytes()
         }
         Output::Silu(c) => {
             params.c = c.pointer();
@@ -478,7 +520,14 @@ pub struct RopeInto<'a> {
 }
 
 impl RopeInto<'_> {
+    /// Written for one row.
+    fn row_bytes(&self) -> u64 {
+        let (query, kv) = (self.heads.query as u64 * BF16, 2 * self.heads.kv as u64 * self.pages.kind.bytes());
+        (query + kv) * self.heads.dim as u64
+    }
+
     fn params(&self) -> Rope {
+        let quantise = |scale: f32| if self.pages.kind == KvType::Fp8 { 1.0 / scale } else { 0.0 };
         Rope {
             cos_sin: self.cos_sin.pointer(),
             row_position: self.rows.position.pointer(),
@@ -487,6 +536,8 @@ impl RopeInto<'_> {
             q: self.q.pointer(),
             k_pages: self.pages.k.pointer(),
             v_pages: self.pages.v.pointer(),
+            k_quantise: quantise(self.pages.scales.k),
+            v_quantise: quantise(self.pages.scales.v),
             q_heads: self.heads.query as i32,
             kv_heads: self.heads.kv as i32,
             head_dim: self.heads.dim as i32,
@@ -509,8 +560,13 @@ pub fn rope_append(qkv: &Buffer, norms: Option<(&Norm, &Norm)>, into: &RopeInto)
         rows: rows.count as i32,
     };
     let threads = rows.count * heads.columns() / 16;
-    let bytes = rows.count as u64 * (2 * heads.columns() as u64 * BF16 + heads.dim as u64 * 4);
+    let bytes = rows.count as u64 * (heads.columns() as u64 * BF16 + into.row_bytes() + heads.dim as u64 * 4);
     Launch { pdl: true, bytes, ..kernel.launch([threads.div_ceil(ROPE_THREADS), 1, 1], params) }
+}
+
+/// What attention must move for each column of a head: q and its result, K and V.
+fn attention_bytes(rows: u32, heads: Heads, keys: u64, kind: KvType) -> u64 {
+    2 * rows as u64 * heads.query as u64 * BF16 + 2 * keys * heads.kv as u64 * kind.bytes()
 }
 
 /// A work list of attn_prefill in device memory, and how much work it is.
@@ -549,9 +605,11 @@ pub fn attn_prefill(
         r#box: [64, group as u32, 1, prefill_tile_tokens(heads.dim, heads.group())],
         swizzle: true,
     })?;
-    let (kernel, shared_bytes) = match heads.dim {
-        64 => (&kernels::ATTN_PREFILL_D64, ATTN_PREFILL_SHARED_D64),
-        _ => (&kernels::ATTN_PREFILL_D128, ATTN_PREFILL_SHARED_D128),
+    let (kernel, shared_bytes) = match (heads.dim, pages.kind) {
+        (64, KvType::Bf16) => (&kernels::ATTN_PREFILL_D64, ATTN_PREFILL_SHARED_D64),
+        (_, KvType::Bf16) => (&kernels::ATTN_PREFILL_D128, ATTN_PREFILL_SHARED_D128),
+        (64, KvType::Fp8) => (&kernels::ATTN_PREFILL_D64_FP8, ATTN_PREFILL_SHARED_D64_FP8),
+        (_, KvType::Fp8) => (&kernels::ATTN_PREFILL_D128_FP8, ATTN_PREFILL_SHARED_D128_FP8),
     };
     let params = AttnPrefillParams {
         k_map: pages.k_map,
@@ -566,14 +624,14 @@ pub fn attn_prefill(
         kv_heads: heads.kv as i32,
         max_pages: pages.max_pages as i32,
         window: window.unwrap_or(NO_WINDOW) as i32,
-        scale: heads.scale(),
-        ..Default::default()
+        scale: heads.scale() * pages.scales.k,
+        v_scale: pages.scales.v,
     };
     let pairs = tiles.pairs.min(tiles.rows as u64 * window.unwrap_or(NO_WINDOW) as u64);
     Ok(Launch {
         shared_bytes,
         pdl: true,
-        bytes: BF16 * dim * (2 * tiles.rows as u64 * heads.query as u64 + 2 * tiles.keys * heads.kv as u64),
+        bytes: dim * attention_bytes(tiles.rows, heads, tiles.keys, pages.kind),
         flops: 4 * pairs * heads.query as u64 * dim,
         ..kernel.launch([(tiles.count * heads.kv).min(device.processors()), 1, 1], params)
     })
@@ -593,9 +651,11 @@ pub fn attn_decode(
     next: Option<&Linear>,
     workspace: &Workspace,
 ) -> Launch {
-    let (kernel, shared_bytes) = match heads.dim {
-        64 => (&kernels::ATTN_DECODE_D64, ATTN_DECODE_SHARED_D64),
-        _ => (&kernels::ATTN_DECODE_D128, ATTN_DECODE_SHARED_D128),
+    let (kernel, shared_bytes) = match (heads.dim, pages.kind) {
+        (64, KvType::Bf16) => (&kernels::ATTN_DECODE_D64, ATTN_DECODE_SHARED_D64),
+        (_, KvType::Bf16) => (&kernels::ATTN_DECODE_D128, ATTN_DECODE_SHARED_D128),
+        (64, KvType::Fp8) => (&kernels::ATTN_DECODE_D64_FP8, ATTN_DECODE_SHARED_D64_FP8),
+        (_, KvType::Fp8) => (&kernels::ATTN_DECODE_D128_FP8, ATTN_DECODE_SHARED_D128_FP8),
     };
     let params = AttnDecodeParams {
         k_map: pages.k_map,
@@ -614,7 +674,8 @@ pub fn attn_decode(
         prefetch: next.map_or(Prefetch::default(), |w| w.prefetch(ATTN_PREFETCH, workspace.blocks)),
         split_pages: workspace.split_pages as i32,
         window: window.unwrap_or(NO_WINDOW) as i32,
-        scale: heads.scale(),
+        scale: heads.scale() * pages.scales.k,
+        v_scale: pages.scales.v,
         ..Default::default()
     };
     let dim = heads.dim as u64;
@@ -622,7 +683,7 @@ pub fn attn_decode(
     Launch {
         shared_bytes,
         pdl: true,
-        bytes: BF16 * dim * (2 * rows.count as u64 * heads.query as u64 + 2 * keys * heads.kv as u64),
+        bytes: dim * attention_bytes(rows.count, heads, keys, pages.kind),
         flops: 4 * keys * heads.query as u64 * dim,
         ..kernel.launch([workspace.blocks, 1, 1], params)
     }

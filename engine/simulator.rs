@@ -153,7 +153,8 @@ impl Simulator {
                 (slots.len() as u64, slots.len() as u64)
             }
         };
-        let seconds = step_seconds(&self.gpu, &self.config, rows, sampled, keys, pairs);
+        let key_bytes = model::key_bytes(&self.config, self.plan.kv_type, keys);
+        let seconds = step_seconds(&self.gpu, &self.config, rows, sampled, key_bytes, pairs);
         self.busy_until = self.busy_until.max(self.now()) + Duration::from_secs_f64(seconds);
         // Where nothing is sampled, nothing is published.
         if sampled > 0 {
@@ -196,11 +197,10 @@ impl Simulator {
     }
 }
 
-/// How long a step of so many rows takes. `keys`: tokens whose K and V are read; `pairs`: products of a query and a key.
-pub fn step_seconds(gpu: &SimulatedGpu, c: &ModelConfig, rows: u64, sampled: u64, keys: u64, pairs: u64) -> f64 {
+/// How long a step of so many rows takes. `key_bytes`: of K and V that are read; `pairs`: products of a query and a key.
+pub fn step_seconds(gpu: &SimulatedGpu, c: &ModelConfig, rows: u64, sampled: u64, key_bytes: u64, pairs: u64) -> f64 {
     let (layers, head) = (model::layer_elements(c), (c.vocab_size * c.hidden_size) as u64);
-    let cache = 2 * (c.num_kv_heads * c.head_dim * c.num_layers) as u64;
-    let bytes = gpu.element_bytes() * (layers + if sampled > 0 { head } else { 0 } + keys * cache);
+    let bytes = gpu.element_bytes() * (layers + if sampled > 0 { head } else { 0 }) + key_bytes;
     let attention = 4 * pairs * (c.num_heads * c.head_dim * c.num_layers) as u64;
     gpu.seconds(bytes, 2 * (rows * layers + sampled * head) + attention)
 }

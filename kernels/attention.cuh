@@ -18,6 +18,12 @@ DEVICE int swizzled(int rows, int row, int chunk) {
   return chunk / 8 * rows * kRowBytes + row * kRowBytes + (chunk % 8 ^ row % 8) * 16;
 }
 
+// The same in a tile of e4m3, whose rows are one panel of kHeadDim bytes, swizzled by their width; a chunk is 16 columns.
+template <int kHeadDim>
+DEVICE int swizzled_fp8(int row, int chunk) {
+  return row * kHeadDim + (chunk ^ (kHeadDim == 128 ? row % 8 : row / 2 % 4)) * 16;
+}
+
 // Reductions over the four lanes that share a row of an accumulator.
 DEVICE float quad_max(float x) {
   x = fmaxf(x, shfl_xor(x, 1));

@@ -21,14 +21,17 @@
 // Masking: only the page with the newest token has tokens behind the end. Their K may be anything; their V must be
 // finite (P is 0 there): pools are zeroed at the start and only ever hold what was appended.
 //
-// fp8 pages would change three places: kTileBytes (and the boxes of the maps), the fragments that scores() and accumulate()
-// take from a tile, and the scales, of K in scale_log2 and of V in store_normalised().
+// fp8 pages (_fp8) are half as long a stream. e4m3 becomes f16, which holds it exactly, on the way from a tile to the fragments, one
+// instruction for two elements; Q and P are f16, too, and the products accumulate in fp32 as ever. Bytes are moved as pairs, so
+// a lane has four neighbouring columns where it has twice two of bf16: of K, that is another order of the columns of the sum, in
+// which Q is read as well; of V, it is another order of the columns of O, which merge_warps() puts right. The scale of K is in
+// p.scale, that of V in store_normalised().
 //
 // Prediction (not yet run on a GPU): 2.9 TB/s at long contexts; 4 to 5 us a call at batch 1 and a short one, the latencies of a
 // page, of the merge of warps and of the merge of blocks.
 //
 // Grid: any number of blocks (one per processor is right); workspace grid_x * 2 partial results; shared memory
-// ATTN_DECODE_SHARED_D64 / _D128.
+// ATTN_DECODE_SHARED_D64 / _D128, and _FP8 of these.
 #include "attention.cuh"
 
 constexpr int kComputeWarps = 4;
@@ -38,21 +41,26 @@ constexpr int kGroupRows = 16;  // rows of A
 constexpr int kMergeBarrier = 1;
 static_assert(ATTN_DECODE_THREADS == kComputeThreads + kWarp, "four compute warps and one that loads");
 
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 struct DecodeShared {
-  static constexpr int kTileBytes = PAGE_TOKENS * kHeadDim * 2;
+  static constexpr int kTileBytes = PAGE_TOKENS * kHeadDim * (kFp8 ? 1 : 2);
   static constexpr int kStages = 65536 / kTileBytes;
   static constexpr int kMergeColumns = kHeadDim + 8;  // 8 more: rows start in different banks
 
-  uint8_t ring[kStages][kTileBytes];  // [panel][token][64], swizzled; K and V by turns
+  uint8_t ring[kStages][kTileBytes];  // [panel][token][64] or, fp8, [token][head_dim], swizzled; K and V by turns
   float out[kComputeWarps][kGroupRows][kMergeColumns];
   float max[kComputeWarps][kGroupRows];
   float sum[kComputeWarps][kGroupRows];
   Barrier full[kStages], empty[kStages];
   uint32_t is_last;
 };
-static_assert(sizeof(DecodeShared<64>) == ATTN_DECODE_SHARED_D64, "");
-static_assert(sizeof(DecodeShared<128>) == ATTN_DECODE_SHARED_D128, "");
+static_assert(sizeof(DecodeShared<64, false>) == ATTN_DECODE_SHARED_D64, "");
+static_assert(sizeof(DecodeShared<128, false>) == ATTN_DECODE_SHARED_D128, "");
+static_assert(sizeof(DecodeShared<64, true>) == ATTN_DECODE_SHARED_D64_FP8, "");
+static_assert(sizeof(DecodeShared<128, true>) == ATTN_DECODE_SHARED_D128_FP8, "");
+
+template <int kHeadDim, bool kFp8>
+using Ring = RingPosition<DecodeShared<kHeadDim, kFp8>::kStages>;
 
 // ---- sharing out the work; a unit is one page (or split_pages) of one kv head of one row ----
 
@@ -139,21 +147,22 @@ DEVICE bool next_segment(const AttnDecodeParams& p, Span& s, Segment& segment) {
 
 // ---- the loading warp ----
 
-template <int kHeadDim>
-DEVICE void load_tile(DecodeShared<kHeadDim>& shared, const RingPosition<DecodeShared<kHeadDim>::kStages>& ring,
-                      const TensorMap* map, int kv_head, int page) {
-  constexpr int kTileBytes = DecodeShared<kHeadDim>::kTileBytes;
-  constexpr int kPanelBytes = PAGE_TOKENS * kRowBytes;
+template <int kHeadDim, bool kFp8>
+DEVICE void load_tile(DecodeShared<kHeadDim, kFp8>& shared, const Ring<kHeadDim, kFp8>& ring, const TensorMap* map,
+                      int kv_head, int page) {
+  constexpr int kTileBytes = DecodeShared<kHeadDim, kFp8>::kTileBytes;
+  constexpr int kPanels = kFp8 ? 1 : kHeadDim / kPanelColumns;
   Barrier* full = &shared.full[ring.stage];
   mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
   mbarrier_arrive_expect_tx(full, kTileBytes);
-  UNROLL for (int panel = 0; panel < kHeadDim / kPanelColumns; panel++) tma_load(
-      shared.ring[ring.stage] + panel * kPanelBytes, map, full, kEvictFirst, panel * kPanelColumns, 0, kv_head, page);
+  UNROLL for (int panel = 0; panel < kPanels; panel++)
+      tma_load(shared.ring[ring.stage] + panel * (kTileBytes / kPanels), map, full, kEvictFirst, panel * kPanelColumns,
+               0, kv_head, page);
 }
 
-template <int kHeadDim>
-DEVICE void load_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, Span span) {
-  RingPosition<DecodeShared<kHeadDim>::kStages> ring;
+template <int kHeadDim, bool kFp8>
+DEVICE void load_span(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, Span span) {
+  Ring<kHeadDim, kFp8> ring;
   Segment segment;
   bool waited = false;
   while (next_segment(p, span, segment)) {
@@ -175,7 +184,7 @@ DEVICE void load_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared,
 
 // ---- the compute warps ----
 
-// What a warp holds of a segment: rows lane / 4 and + 8 of the group, columns as mma_m16n8k16 lays them out.
+// What a warp holds of a segment: rows lane / 4 and + 8 of the group, columns as out_column says.
 template <int kHeadDim>
 struct Attention {
   float out[kHeadDim / 8][4];
@@ -183,36 +192,70 @@ struct Attention {
   float sum[2];  // of this lane's columns only
 };
 
-// Q of the pair as A fragments; rows behind the group are zero.
-template <int kHeadDim>
+// Column of the output that a lane has in out[j][e] and out[j][e + 2].
+template <bool kFp8>
+DEVICE int out_column(int j, int e) {
+  return kFp8 ? j / 2 * 16 + lane_id() % 4 * 4 + 2 * e + j % 2 : 8 * j + lane_id() % 4 * 2 + e;
+}
+
+template <bool kFp8>
+DEVICE uint32_t pack_pair(float low, float high) {
+  return kFp8 ? pack_f16x2(low, high) : pack_bf16x2(low, high);
+}
+
+// Two of Q; fp8 takes them as f16.
+template <bool kFp8>
+DEVICE uint32_t q_pair(uint32_t bf16) {
+  return kFp8 ? pack_f16x2(bf16_low(bf16), bf16_high(bf16)) : bf16;
+}
+
+// Q of the pair as A fragments; rows behind the group are zero. In each 16 columns a lane has two and, 8 further on, two; or
+// (fp8) four neighbours.
+template <int kHeadDim, bool kFp8>
 DEVICE void load_q(const AttnDecodeParams& p, const Segment& segment, int group, uint32_t (&q)[kHeadDim / 16][4]) {
   const uint16_t* base =
-      p.q + ((size_t)segment.row * p.q_heads + segment.kv_head * group) * kHeadDim + 2 * (lane_id() % 4);
+      p.q + ((size_t)segment.row * p.q_heads + segment.kv_head * group) * kHeadDim + (kFp8 ? 4 : 2) * (lane_id() % 4);
   UNROLL for (int i = 0; i < 2; i++) {
     const int head = lane_id() / 4 + 8 * i;
     const uint32_t* row = (const uint32_t*)(base + head * kHeadDim);
     UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
-      q[k][i] = head < group ? row[8 * k] : 0;
-      q[k][i + 2] = head < group ? row[8 * k + 4] : 0;
+      q[k][i] = head < group ? q_pair<kFp8>(row[8 * k]) : 0;
+      q[k][i + 2] = head < group ? q_pair<kFp8>(row[8 * k + (kFp8 ? 1 : 4)]) : 0;
     }
   }
 }
 
+// d += a b, where two lower bytes and two upper bytes of `b` are the halves of a B fragment, e4m3.
+DEVICE void mma_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b) {
+  mma_m16n8k16_f16(d, a, e4m3x2_to_f16x2((uint16_t)b), e4m3x2_to_f16x2((uint16_t)(b >> 16)));
+}
+
 // S = Q K^T for the warp's 16 tokens of a tile.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 DEVICE void scores(const uint8_t* tile, const uint32_t (&q)[kHeadDim / 16][4], float (&s)[2][4]) {
   const int token = warp_id() * kSliceTokens + lane_id() / 16 * 8 + lane_id() % 8;
   UNROLL for (int j = 0; j < 2; j++) UNROLL for (int i = 0; i < 4; i++) s[j][i] = 0.f;
-  UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
-    uint32_t b[4];
-    ldmatrix_x4(b, tile + swizzled(PAGE_TOKENS, token, 2 * k + lane_id() / 8 % 2));
-    mma_m16n8k16(s[0], q[k], b[0], b[1]);
-    mma_m16n8k16(s[1], q[k], b[2], b[3]);
+  if constexpr (kFp8) {
+    UNROLL for (int k = 0; k < kHeadDim / 32; k++) {
+      uint32_t b[4];
+      ldmatrix_x4(b, tile + swizzled_fp8<kHeadDim>(token, 2 * k + lane_id() / 8 % 2));
+      UNROLL for (int i = 0; i < 2; i++) {
+        mma_e4m3(s[0], q[2 * k + i], b[i]);
+        mma_e4m3(s[1], q[2 * k + i], b[2 + i]);
+      }
+    }
+  } else {
+    UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
+      uint32_t b[4];
+      ldmatrix_x4(b, tile + swizzled(PAGE_TOKENS, token, 2 * k + lane_id() / 8 % 2));
+      mma_m16n8k16(s[0], q[k], b[0], b[1]);
+      mma_m16n8k16(s[1], q[k], b[2], b[3]);
+    }
   }
 }
 
 // Online softmax: scores to probabilities relative to the new maximum, as the A fragment of P V; `a` is rescaled to it.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 DEVICE void softmax(float (&s)[2][4], float scale_log2, Attention<kHeadDim>& a, uint32_t (&probabilities)[4]) {
   UNROLL for (int i = 0; i < 2; i++) {
     const float tile_max = fmaxf(fmaxf(s[0][2 * i], s[0][2 * i + 1]), fmaxf(s[1][2 * i], s[1][2 * i + 1]));
@@ -228,20 +271,32 @@ DEVICE void softmax(float (&s)[2][4], float scale_log2, Attention<kHeadDim>& a, 
       const float low = exp2_approx((s[j][2 * i] - max) * scale_log2);
       const float high = exp2_approx((s[j][2 * i + 1] - max) * scale_log2);
       a.sum[i] += low + high;
-      probabilities[2 * j + i] = pack_bf16x2(low, high);
+      probabilities[2 * j + i] = pack_pair<kFp8>(low, high);
     }
   }
 }
 
-// O += P V for the warp's 16 tokens of a tile.
-template <int kHeadDim>
+// O += P V for the warp's 16 tokens of a tile. A lane's register of e4m3 holds columns 2 g and 2 g + 1 of two tokens (g its
+// number / 4): the even columns are one B fragment, the odd ones the next.
+template <int kHeadDim, bool kFp8>
 DEVICE void accumulate(const uint8_t* tile, const uint32_t (&probabilities)[4], Attention<kHeadDim>& a) {
   const int token = warp_id() * kSliceTokens + lane_id() / 8 % 2 * 8 + lane_id() % 8;
-  UNROLL for (int j = 0; j < kHeadDim / 16; j++) {
-    uint32_t b[4];
-    ldmatrix_x4_trans(b, tile + swizzled(PAGE_TOKENS, token, 2 * j + lane_id() / 16));
-    mma_m16n8k16(a.out[2 * j], probabilities, b[0], b[1]);
-    mma_m16n8k16(a.out[2 * j + 1], probabilities, b[2], b[3]);
+  if constexpr (kFp8) {
+    UNROLL for (int j = 0; j < kHeadDim / 32; j++) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, tile + swizzled_fp8<kHeadDim>(token, 2 * j + lane_id() / 16));
+      UNROLL for (int i = 0; i < 2; i++) {
+        mma_e4m3(a.out[4 * j + 2 * i], probabilities, even_bytes(b[2 * i], b[2 * i + 1]));
+        mma_e4m3(a.out[4 * j + 2 * i + 1], probabilities, odd_bytes(b[2 * i], b[2 * i + 1]));
+      }
+    }
+  } else {
+    UNROLL for (int j = 0; j < kHeadDim / 16; j++) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, tile + swizzled(PAGE_TOKENS, token, 2 * j + lane_id() / 16));
+      mma_m16n8k16(a.out[2 * j], probabilities, b[0], b[1]);
+      mma_m16n8k16(a.out[2 * j + 1], probabilities, b[2], b[3]);
+    }
   }
 }
 
@@ -250,13 +305,13 @@ DEVICE void release(Barrier* empty) {
   if (lane_id() == 0) mbarrier_arrive(empty);
 }
 
-template <int kHeadDim>
-DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, const Segment& segment, int group,
-                   RingPosition<DecodeShared<kHeadDim>::kStages>& ring, Attention<kHeadDim>& a) {
+template <int kHeadDim, bool kFp8>
+DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, const Segment& segment, int group,
+                   Ring<kHeadDim, kFp8>& ring, Attention<kHeadDim>& a) {
   const float scale_log2 = p.scale * kLog2e;
   const int length = p.row_position[segment.row] + 1;
   uint32_t q[kHeadDim / 16][4];
-  load_q<kHeadDim>(p, segment, group, q);
+  load_q<kHeadDim, kFp8>(p, segment, group, q);
   UNROLL for (int i = 0; i < 2; i++) a.max[i] = kLowest, a.sum[i] = 0.f;
   UNROLL for (int j = 0; j < kHeadDim / 8; j++) UNROLL for (int i = 0; i < 4; i++) a.out[j][i] = 0.f;
 
@@ -268,7 +323,7 @@ DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, co
     uint32_t probabilities[4];
 
     mbarrier_wait(&shared.full[ring.stage], ring.parity);
-    if (live) scores<kHeadDim>(shared.ring[ring.stage], q, s);
+    if (live) scores<kHeadDim, kFp8>(shared.ring[ring.stage], q, s);
     release(&shared.empty[ring.stage]);
     advance(ring);
 
@@ -276,10 +331,10 @@ DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, co
         const int token = 8 * j + 2 * (lane_id() % 4) + i % 2;
         if (token >= valid || token < hidden) s[j][i] = -INFINITY;
       }
-    if (live) softmax(s, scale_log2, a, probabilities);
+    if (live) softmax<kHeadDim, kFp8>(s, scale_log2, a, probabilities);
 
     mbarrier_wait(&shared.full[ring.stage], ring.parity);
-    if (live) accumulate(shared.ring[ring.stage], probabilities, a);
+    if (live) accumulate<kHeadDim, kFp8>(shared.ring[ring.stage], probabilities, a);
     release(&shared.empty[ring.stage]);
     advance(ring);
   }
@@ -299,25 +354,22 @@ DEVICE float* partial_row(const AttnDecodeParams& p, int group, int index, int r
   return p.partial + ((size_t)index * group + row) * (kHeadDim + 2);
 }
 
-DEVICE void store_normalised(uint16_t* out, float (&x)[8], float sum) {
-  const float inverse = 1.f / sum;
+DEVICE void store_normalised(uint16_t* out, float (&x)[8], float sum, float v_scale) {
+  const float inverse = v_scale / sum;
   UNROLL for (int i = 0; i < 8; i++) x[i] *= inverse;
   store8(out, pack8(x));
 }
 
 // Merges the warps, in order, into the output or (`partial` >= 0) into a partial result.
-template <int kHeadDim>
-DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, const Segment& segment, int group,
-                        const Attention<kHeadDim>& a, int partial) {
+template <int kHeadDim, bool kFp8>
+DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, const Segment& segment,
+                        int group, const Attention<kHeadDim>& a, int partial) {
   const float scale_log2 = p.scale * kLog2e;
   UNROLL for (int i = 0; i < 2; i++) {
     const int row = lane_id() / 4 + 8 * i;
     if (row >= group) continue;
-    UNROLL for (int j = 0; j < kHeadDim / 8; j++) {
-      float* out = &shared.out[warp_id()][row][8 * j + 2 * (lane_id() % 4)];
-      out[0] = a.out[j][2 * i];
-      out[1] = a.out[j][2 * i + 1];
-    }
+    UNROLL for (int j = 0; j < kHeadDim / 8; j++) UNROLL for (int e = 0; e < 2; e++)
+        shared.out[warp_id()][row][out_column<kFp8>(j, e)] = a.out[j][2 * i + e];
     if (lane_id() % 4 == 0) {
       shared.max[warp_id()][row] = a.max[i];
       shared.sum[warp_id()][row] = a.sum[i];
@@ -335,7 +387,7 @@ DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim>& share
       UNROLL for (int i = 0; i < 8; i++) out[i] += weight * shared.out[w][row][column + i];
     }
     if (partial < 0) {
-      store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum);
+      store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum, p.v_scale);
     } else {
       float* to = partial_row<kHeadDim>(p, group, partial, row);
       UNROLL for (int i = 0; i < 8; i++) to[column + i] = out[i];
@@ -373,14 +425,14 @@ DEVICE void merge_parts(const AttnDecodeParams& p, const Segment& segment, int g
       sum += weight * from[kHeadDim + 1];
       UNROLL for (int i = 0; i < 8; i++) out[i] += weight * from[column + i];
     }
-    store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum);
+    store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum, p.v_scale);
   }
 }
 
-template <int kHeadDim>
-DEVICE void compute_span(const AttnDecodeParams& p, DecodeShared<kHeadDim>& shared, Span span) {
+template <int kHeadDim, bool kFp8>
+DEVICE void compute_span(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, Span span) {
   const int group = p.q_heads / p.kv_heads;
-  RingPosition<DecodeShared<kHeadDim>::kStages> ring;
+  Ring<kHeadDim, kFp8> ring;
   Segment segment;
   while (next_segment(p, span, segment)) {
     Attention<kHeadDim> a;
@@ -415,9 +467,10 @@ DEVICE void zero_padding(const AttnDecodeParams& p) {
   }
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 DEVICE void attn_decode(const AttnDecodeParams& p) {
-  DecodeShared<kHeadDim>& shared = *(DecodeShared<kHeadDim>*)shared_memory();
+  using Shared = DecodeShared<kHeadDim, kFp8>;
+  Shared& shared = *(Shared*)shared_memory();
   pdl_launch_dependents();
   if (thread_idx() == kComputeThreads) {
     prefetch_tensor_map(&p.k_map);
@@ -425,7 +478,7 @@ DEVICE void attn_decode(const AttnDecodeParams& p) {
   }
   const Span span = span_of_block(p);
   if (thread_idx() == 0) {
-    for (int i = 0; i < DecodeShared<kHeadDim>::kStages; i++) {
+    for (int i = 0; i < Shared::kStages; i++) {
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kComputeWarps);
     }
@@ -443,5 +496,7 @@ DEVICE void attn_decode(const AttnDecodeParams& p) {
   compute_span(p, shared, span);
 }
 
-KERNEL(attn_decode_d64, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<64>(p); }
-KERNEL(attn_decode_d128, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<128>(p); }
+KERNEL(attn_decode_d64, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<64, false>(p); }
+KERNEL(attn_decode_d128, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<128, false>(p); }
+KERNEL(attn_decode_d64_fp8, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<64, true>(p); }
+KERNEL(attn_decode_d128_fp8, AttnDecodeParams, ATTN_DECODE_THREADS) { attn_decode<128, true>(p); }

@@ -32,12 +32,18 @@
 // and back again (snake order), and 1.03, 1.01 and 1.00 when drawn. A ragged batch of five (40 over 8 heads) takes 1.60,
 // 1.45 and 1.15.
 //
+// fp8 pages (_fp8): wgmma multiplies no e4m3 with bf16. So a third ring, whose tiles are as they lie in the pages, K and V by turns,
+// stands before the two others: three warps of the loading warpgroup, idle otherwise, convert each of its tiles to bf16, which
+// holds e4m3 exactly, and the consumers do not know the difference. The scale of K is in p.scale, that of V in store_output().
+// Eight numbers cost a lane 22 instructions, so a round of heads of 128 (two tiles) has 940 more for each of the three, and
+// shared memory moves 1.3 times the bytes: prefill is to be a fifth slower than over bf16 (not yet run on a GPU).
+//
 // Masking: only tiles that reach beyond the warpgroup's first query are masked, and with a sliding window those that
 // begin before its last query's; tiles before every query's window are not read. The keys behind a sequence's end are
 // masked by causality; the values there must be finite (P is 0): pools are zeroed at the start and only ever hold what
 // rope_append wrote. Rows of Q behind the tile's tokens compute something that nobody stores.
 //
-// Grid: min(tiles * kv_heads, processors) blocks; shared memory ATTN_PREFILL_SHARED_D64 / _D128.
+// Grid: min(tiles * kv_heads, processors) blocks; shared memory ATTN_PREFILL_SHARED_D64 / _D128, and _FP8 of these.
 #include "attention.cuh"
 
 constexpr int kTileTokens = 2 * PAGE_TOKENS;
@@ -55,8 +61,24 @@ struct WorkItem {
   int kv_head;
 };
 
+// Tiles of fp8 pages.
+enum RawTile { kNoMoreTiles, kKeys, kValues };
+constexpr int kConvertWarps = kWarpgroupWarps - 1;
+
+template <int kHeadDim, bool kFp8>
+struct RawTiles {};
 template <int kHeadDim>
-struct PrefillShared {
+struct alignas(1024) RawTiles<kHeadDim, true> {
+  static constexpr int kRawBytes = kTileTokens * kHeadDim;
+  static constexpr int kRawStages = 32768 / kRawBytes;
+
+  uint8_t raw[kRawStages][kRawBytes];  // [token][head_dim], swizzled
+  Barrier raw_full[kRawStages], raw_empty[kRawStages];
+  RawTile raw_tile[kRawStages];
+};
+
+template <int kHeadDim, bool kFp8>
+struct PrefillShared : RawTiles<kHeadDim, kFp8> {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kRows = kConsumers * kConsumerRows;
@@ -65,7 +87,7 @@ struct PrefillShared {
   static constexpr int kQueryPanelBytes = kRows * kRowBytes;
   // A tile of V is freed later than one of K, because the softmax comes before the wait for P V.
   static constexpr int kKeyStages = kHeadDim == 64 ? 4 : 2;
-  static constexpr int kValueStages = kHeadDim == 64 ? 4 : 3;
+  static constexpr int kValueStages = kHeadDim == 64 ? 4 : kFp8 ? 2 : 3;
 
   uint8_t q[2][kPanels * kQueryPanelBytes];  // [panel][row][64], swizzled; O on its way out
   uint8_t k[kKeyStages][kTileBytes];
@@ -75,12 +97,14 @@ struct PrefillShared {
   Barrier v_full[kValueStages], v_empty[kValueStages];
   WorkItem item[2];  // with q
 };
-static_assert(sizeof(PrefillShared<64>) == ATTN_PREFILL_SHARED_D64, "");
-static_assert(sizeof(PrefillShared<128>) == ATTN_PREFILL_SHARED_D128, "");
-static_assert(PrefillShared<64>::kThreads == ATTN_PREFILL_THREADS_D64, "");
-static_assert(PrefillShared<128>::kThreads == ATTN_PREFILL_THREADS_D128, "");
-static_assert(PrefillShared<64>::kRows == ATTN_PREFILL_ROWS_D64, "");
-static_assert(PrefillShared<128>::kRows == ATTN_PREFILL_ROWS_D128, "");
+static_assert(sizeof(PrefillShared<64, false>) == ATTN_PREFILL_SHARED_D64, "");
+static_assert(sizeof(PrefillShared<128, false>) == ATTN_PREFILL_SHARED_D128, "");
+static_assert(sizeof(PrefillShared<64, true>) == ATTN_PREFILL_SHARED_D64_FP8, "");
+static_assert(sizeof(PrefillShared<128, true>) == ATTN_PREFILL_SHARED_D128_FP8, "");
+static_assert(PrefillShared<64, false>::kThreads == ATTN_PREFILL_THREADS_D64, "");
+static_assert(PrefillShared<128, false>::kThreads == ATTN_PREFILL_THREADS_D128, "");
+static_assert(PrefillShared<64, false>::kRows == ATTN_PREFILL_ROWS_D64, "");
+static_assert(PrefillShared<128, false>::kRows == ATTN_PREFILL_ROWS_D128, "");
 
 DEVICE int newest_position(const PrefillTile& tile) { return tile.position + tile.tokens - 1; }
 
@@ -91,24 +115,67 @@ DEVICE int oldest_tile(const AttnPrefillParams& p, const PrefillTile& tile) {
 
 // ---- the producer ----
 
+// Positions of the producer: of fp8 pages it fills the ring of raw tiles, which the converting warps empty into the others.
+template <int kHeadDim, bool kFp8>
+struct ProducerRings {
+  RingPosition<PrefillShared<kHeadDim, kFp8>::kKeyStages> k;
+  RingPosition<PrefillShared<kHeadDim, kFp8>::kValueStages> v;
+};
 template <int kHeadDim>
-DEVICE void load_kv(uint8_t* tile, const TensorMap* map, Barrier* full, int kv_head, int page0, int page1) {
-  mbarrier_arrive_expect_tx(full, PrefillShared<kHeadDim>::kTileBytes);
-  UNROLL for (int panel = 0; panel < PrefillShared<kHeadDim>::kPanels; panel++) {
+struct ProducerRings<kHeadDim, true> {
+  RingPosition<RawTiles<kHeadDim, true>::kRawStages> raw;
+};
+
+template <int kHeadDim>
+DEVICE void load_bf16(uint8_t* tile, const TensorMap* map, Barrier* full, int kv_head, int page0, int page1) {
+  using Shared = PrefillShared<kHeadDim, false>;
+  mbarrier_arrive_expect_tx(full, Shared::kTileBytes);
+  UNROLL for (int panel = 0; panel < Shared::kPanels; panel++) {
     tma_load(tile + panel * kPanelBytes, map, full, kEvictLast, panel * kPanelColumns, 0, kv_head, page0);
     tma_load(tile + panel * kPanelBytes + kPageBytes, map, full, kEvictLast, panel * kPanelColumns, 0, kv_head, page1);
   }
 }
 
+// The next tile of K or of V: two pages.
 template <int kHeadDim>
-DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared) {
-  using Shared = PrefillShared<kHeadDim>;
+DEVICE void load_tile(const AttnPrefillParams& p, PrefillShared<kHeadDim, false>& shared,
+                      ProducerRings<kHeadDim, false>& rings, RawTile kind, int kv_head, int page0, int page1) {
+  if (kind == kKeys) {
+    const int stage = rings.k.stage;
+    mbarrier_wait(&shared.k_empty[stage], rings.k.parity ^ 1);
+    load_bf16<kHeadDim>(shared.k[stage], &p.k_map, &shared.k_full[stage], kv_head, page0, page1);
+    advance(rings.k);
+  } else {
+    const int stage = rings.v.stage;
+    mbarrier_wait(&shared.v_empty[stage], rings.v.parity ^ 1);
+    load_bf16<kHeadDim>(shared.v[stage], &p.v_map, &shared.v_full[stage], kv_head, page0, page1);
+    advance(rings.v);
+  }
+}
+
+template <int kHeadDim>
+DEVICE void load_tile(const AttnPrefillParams& p, PrefillShared<kHeadDim, true>& shared,
+                      ProducerRings<kHeadDim, true>& rings, RawTile kind, int kv_head, int page0, int page1) {
+  constexpr int kRawBytes = RawTiles<kHeadDim, true>::kRawBytes;
+  const int stage = rings.raw.stage;
+  Barrier* full = &shared.raw_full[stage];
+  const TensorMap* map = kind == kKeys ? &p.k_map : &p.v_map;
+  mbarrier_wait(&shared.raw_empty[stage], rings.raw.parity ^ 1);
+  shared.raw_tile[stage] = kind;
+  mbarrier_arrive_expect_tx(full, kRawBytes);
+  tma_load(shared.raw[stage], map, full, kEvictLast, 0, 0, kv_head, page0);
+  tma_load(shared.raw[stage] + kRawBytes / 2, map, full, kEvictLast, 0, 0, kv_head, page1);
+  advance(rings.raw);
+}
+
+template <int kHeadDim, bool kFp8>
+DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim, kFp8>& shared) {
+  using Shared = PrefillShared<kHeadDim, kFp8>;
   const int tile_tokens = Shared::kRows / (p.q_heads / p.kv_heads);
   const int query_bytes = tile_tokens * (p.q_heads / p.kv_heads) * kHeadDim * 2;
   const int items = *p.tile_count * p.kv_heads;
   RingPosition<2> q_ring;
-  RingPosition<Shared::kKeyStages> k_ring;
-  RingPosition<Shared::kValueStages> v_ring;
+  ProducerRings<kHeadDim, kFp8> rings;
   int next = block_x();
   while (next < items) {
     const WorkItem item = {p.tiles[next / p.kv_heads], next % p.kv_heads};
@@ -121,11 +188,7 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
     for (int n = newest; n >= oldest - 1; n--) {
       const int page0 = n < oldest ? 0 : table[2 * n];
       const int page1 = n < oldest ? 0 : table[min_int(2 * n + 1, last_page)];
-      if (n >= oldest) {
-        mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
-        load_kv<kHeadDim>(shared.k[k_ring.stage], &p.k_map, &shared.k_full[k_ring.stage], item.kv_head, page0, page1);
-        advance(k_ring);
-      }
+      if (n >= oldest) load_tile<kHeadDim>(p, shared, rings, kKeys, item.kv_head, page0, page1);
       if (n == newest) {
         mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
         shared.item[q_ring.stage] = item;
@@ -135,10 +198,7 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
                      kEvictFirst, panel * kPanelColumns, 0, item.kv_head, item.tile.first_row);
         advance(q_ring);
       } else {
-        mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
-        load_kv<kHeadDim>(shared.v[v_ring.stage], &p.v_map, &shared.v_full[v_ring.stage], item.kv_head, v_page0,
-                          v_page1);
-        advance(v_ring);
+        load_tile<kHeadDim>(p, shared, rings, kValues, item.kv_head, v_page0, v_page1);
       }
       v_page0 = page0, v_page1 = page1;
       // Late enough to go to a block that is nearly free, early enough to have come when this item's loads are issued.
@@ -148,6 +208,59 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
   mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
   shared.item[q_ring.stage] = {};
   mbarrier_arrive(&shared.q_full[q_ring.stage]);
+  if constexpr (kFp8) {
+    mbarrier_wait(&shared.raw_empty[rings.raw.stage], rings.raw.parity ^ 1);
+    shared.raw_tile[rings.raw.stage] = kNoMoreTiles;
+    mbarrier_arrive(&shared.raw_full[rings.raw.stage]);
+  }
+}
+
+// ---- the converting warps, 1 to 3, of fp8 pages ----
+
+// A tile of e4m3 to one of bf16, 8 columns at a time; by 8 rows, in which a lane always has the same places.
+template <int kHeadDim>
+DEVICE void convert_tile(const uint8_t* raw, uint8_t* tile) {
+  constexpr int kChunks = kHeadDim / 8;
+  for (int rows = 8 * (warp_id() - 1); rows < kTileTokens; rows += 8 * kConvertWarps) {
+    UNROLL for (int i = lane_id(); i < 8 * kChunks; i += kWarp) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      uint32_t e4m3[2], bf16[4];
+      load_8(raw + rows * kHeadDim + swizzled_fp8<kHeadDim>(row, chunk / 2) + chunk % 2 * 8, e4m3);
+      UNROLL for (int j = 0; j < 4; j++) {
+        const uint32_t f16 = e4m3x2_to_f16x2((uint16_t)(e4m3[j / 2] >> j % 2 * 16));
+        bf16[j] = pack_bf16x2(f16_low(f16), f16_high(f16));
+      }
+      store_16(tile + rows * kRowBytes + swizzled(kTileTokens, row, chunk), bf16);
+    }
+  }
+}
+
+DEVICE void release(Barrier* empty) {
+  if (lane_id() == 0) mbarrier_arrive(empty);
+}
+
+template <int kHeadDim>
+DEVICE void convert(PrefillShared<kHeadDim, true>& shared) {
+  using Shared = PrefillShared<kHeadDim, true>;
+  RingPosition<Shared::kRawStages> raw;
+  RingPosition<Shared::kKeyStages> k;
+  RingPosition<Shared::kValueStages> v;
+  for (;; advance(raw)) {
+    mbarrier_wait(&shared.raw_full[raw.stage], raw.parity);
+    const RawTile kind = shared.raw_tile[raw.stage];
+    if (kind == kNoMoreTiles) return;
+    const bool keys = kind == kKeys;
+    mbarrier_wait(keys ? &shared.k_empty[k.stage] : &shared.v_empty[v.stage], (keys ? k.parity : v.parity) ^ 1);
+    convert_tile<kHeadDim>(shared.raw[raw.stage], keys ? shared.k[k.stage] : shared.v[v.stage]);
+    fence_proxy_async();  // wgmma reads it
+    sync_warp();
+    release(keys ? &shared.k_full[k.stage] : &shared.v_full[v.stage]);
+    release(&shared.raw_empty[raw.stage]);
+    if (keys)
+      advance(k);
+    else
+      advance(v);
+  }
 }
 
 // ---- the consumers ----
@@ -157,7 +270,7 @@ template <int kHeadDim>
 DEVICE void issue_scores(float (&s)[kTileTokens / 2], uint64_t q, uint64_t k) {
   UNROLL for (int i = 0; i < kHeadDim / 16; i++) {
     const int columns = i % 4 * 32;
-    wgmma_ss<kTileTokens>(s, q + (i / 4 * PrefillShared<kHeadDim>::kQueryPanelBytes + columns) / 16,
+    wgmma_ss<kTileTokens>(s, q + (i / 4 * PrefillShared<kHeadDim, false>::kQueryPanelBytes + columns) / 16,
                           k + (i / 4 * kPanelBytes + columns) / 16, i > 0);
   }
 }
@@ -218,18 +331,14 @@ DEVICE void pack(const float (&s)[kTileTokens / 2], uint32_t (&probabilities)[kT
       pack_bf16x2(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
 }
 
-DEVICE void release(Barrier* empty) {
-  if (lane_id() == 0) mbarrier_arrive(empty);
-}
-
 // Normalised O of the warp's 16 rows from `first_row` on: to the memory of its rows of Q, then 16 bytes at a time to `out`.
 template <int kHeadDim>
 DEVICE void store_output(const AttnPrefillParams& p, uint8_t* staging, const WorkItem& item, int first_row,
                          const float (&o)[kHeadDim / 2], const RowState& row) {
-  constexpr int kRows = PrefillShared<kHeadDim>::kRows;
+  constexpr int kRows = PrefillShared<kHeadDim, false>::kRows;
   const int group = p.q_heads / p.kv_heads;
   float inverse[2];
-  UNROLL for (int i = 0; i < 2; i++) inverse[i] = reciprocal_approx(quad_sum(row.sum[i]));
+  UNROLL for (int i = 0; i < 2; i++) inverse[i] = reciprocal_approx(quad_sum(row.sum[i])) * p.v_scale;
   UNROLL for (int j = 0; j < kHeadDim / 16; j++) {
     uint32_t r[4];
     UNROLL for (int i = 0; i < 4; i++) r[i] =
@@ -250,9 +359,9 @@ DEVICE void store_output(const AttnPrefillParams& p, uint8_t* staging, const Wor
   }
 }
 
-template <int kHeadDim>
-DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared) {
-  using Shared = PrefillShared<kHeadDim>;
+template <int kHeadDim, bool kFp8>
+DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim, kFp8>& shared) {
+  using Shared = PrefillShared<kHeadDim, kFp8>;
   const int group = p.q_heads / p.kv_heads;
   const int consumer = shfl(warp_id() / kWarpgroupWarps - 1, 0);
   const int next_consumer = consumer + 1 == Shared::kConsumers ? 0 : consumer + 1;
@@ -342,24 +451,26 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim>& shared)
   if (consumer == 0) named_barrier_sync(kTurnBarrier, 2 * kWarpgroup);  // takes the turn that is left over
 }
 
-template <int kHeadDim, int kProducerRegisters, int kConsumerRegisters>
+template <int kHeadDim, bool kFp8, int kProducerRegisters, int kConsumerRegisters>
 DEVICE void attn_prefill(const AttnPrefillParams& p) {
-  using Shared = PrefillShared<kHeadDim>;
+  using Shared = PrefillShared<kHeadDim, kFp8>;
   Shared& shared = *(Shared*)shared_memory();
   pdl_launch_dependents();
   if (thread_idx() == 0) {
     prefetch_tensor_map(&p.q_map);
     prefetch_tensor_map(&p.k_map);
     prefetch_tensor_map(&p.v_map);
-    const auto init = [](Barrier* full, Barrier* empty, int stages) {
+    const auto init = [](Barrier* full, Barrier* empty, int stages, int producers, int consumers) {
       for (int i = 0; i < stages; i++) {
-        mbarrier_init(&full[i], 1);
-        mbarrier_init(&empty[i], Shared::kConsumers * kWarpgroupWarps);
+        mbarrier_init(&full[i], producers);
+        mbarrier_init(&empty[i], consumers);
       }
     };
-    init(shared.q_full, shared.q_empty, 2);
-    init(shared.k_full, shared.k_empty, Shared::kKeyStages);
-    init(shared.v_full, shared.v_empty, Shared::kValueStages);
+    constexpr int kProducers = kFp8 ? kConvertWarps : 1, kConsumerWarps = Shared::kConsumers * kWarpgroupWarps;
+    init(shared.q_full, shared.q_empty, 2, 1, kConsumerWarps);
+    init(shared.k_full, shared.k_empty, Shared::kKeyStages, kProducers, kConsumerWarps);
+    init(shared.v_full, shared.v_empty, Shared::kValueStages, kProducers, kConsumerWarps);
+    if constexpr (kFp8) init(shared.raw_full, shared.raw_empty, Shared::kRawStages, 1, kConvertWarps);
     mbarrier_init_fence();
   }
   sync_threads();
@@ -368,11 +479,16 @@ DEVICE void attn_prefill(const AttnPrefillParams& p) {
   if (warp_id() < kWarpgroupWarps) {
     registers_decrease<kProducerRegisters>();
     if (warp_id() == 0 && elect_one()) produce(p, shared);
+    if constexpr (kFp8) {
+      if (warp_id() > 0) convert(shared);
+    }
   } else {
     registers_increase<kConsumerRegisters>();
     consume(p, shared);
   }
 }
 
-KERNEL(attn_prefill_d64, AttnPrefillParams, ATTN_PREFILL_THREADS_D64) { attn_prefill<64, 32, 160>(p); }
-KERNEL(attn_prefill_d128, AttnPrefillParams, ATTN_PREFILL_THREADS_D128) { attn_prefill<128, 24, 240>(p); }
+KERNEL(attn_prefill_d64, AttnPrefillParams, ATTN_PREFILL_THREADS_D64) { attn_prefill<64, false, 32, 160>(p); }
+KERNEL(attn_prefill_d128, AttnPrefillParams, ATTN_PREFILL_THREADS_D128) { attn_prefill<128, false, 24, 240>(p); }
+KERNEL(attn_prefill_d64_fp8, AttnPrefillParams, ATTN_PREFILL_THREADS_D64) { attn_prefill<64, true, 32, 160>(p); }
+KERNEL(attn_prefill_d128_fp8, AttnPrefillParams, ATTN_PREFILL_THREADS_D128) { attn_prefill<128, true, 56, 224>(p); }

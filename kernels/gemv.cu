@@ -180,8 +180,8 @@ DEVICE void store_rotated(const GemvParams& p, int token, int column, const floa
   const RopePair at = rope_pair(to, p.rope.head_dim, column % p.rope.head_dim);
   if (to.rotates) rotate_pair(rope_angles(p.rope, to, at.low), v[0], v[1]);
   if (to.position < 0) v[0] = v[1] = 0.f;
-  to.out[at.low] = float_to_bf16(v[0]);
-  to.out[at.high] = float_to_bf16(v[1]);
+  store_element(to, at.low, v[0]);
+  store_element(to, at.high, v[1]);
 }
 
 // Adds a pair to the residual stream; the sum of the new values' squares.

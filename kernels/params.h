@@ -2,7 +2,7 @@
 // bindgen makes the Rust side of it, so nothing here is written twice. Every pointer carries its shape; bf16 is uint16_t.
 //
 // Words: a *row* is one token of the batch; a *slot* is a running sequence's seat on the device; a *page* holds kPageTokens
-// tokens of one layer's K or V. Nothing in a params struct changes from one decode step to the next: what changes is in
+// tokens of one layer's K or V, in bf16 or, each divided by the scale of its layer's K or V, in e4m3 (fp8). Nothing in a params struct changes from one decode step to the next: what changes is in
 // device memory, so that a captured step can be replayed.
 #ifndef PONDER_PARAMS_H
 #define PONDER_PARAMS_H
@@ -44,6 +44,10 @@ enum {
   ATTN_PREFILL_SHARED_D128 = 229528,
   ATTN_DECODE_SHARED_D64 = 84616,
   ATTN_DECODE_SHARED_D128 = 100936,
+  ATTN_PREFILL_SHARED_D64_FP8 = 215040,
+  ATTN_PREFILL_SHARED_D128_FP8 = 231424,
+  ATTN_DECODE_SHARED_D64_FP8 = 84744,
+  ATTN_DECODE_SHARED_D128_FP8 = 101000,
   SAMPLE_SHARED_BASE = 9840,  // and 4 for each logit of a block's slice, a multiple of 4 of them
 
   // (query token, head of the group) pairs in a tile of attn_prefill.
@@ -234,13 +238,14 @@ typedef struct NormParams {
 // Where q, k and v of a step's rows go. Heads of q and k have their halves interleaved by blocks of 8 columns in the product
 // (rope.cuh), and only there.
 typedef struct Rope {
-  const float* cos_sin;         // [max_position][head_dim / 2][2]
-  const int32_t* row_position;  // [rows], -1: padding, nothing is appended
-  const int32_t* row_slot;      // [rows]
-  const int32_t* block_table;   // [MAX_SLOTS][max_pages] page ids
-  uint16_t* q;                  // [rows][q_heads][head_dim] out
-  uint16_t* k_pages;            // [pages][kv_heads][PAGE_TOKENS][head_dim]
-  uint16_t* v_pages;            // the same
+  const float* cos_sin;          // [max_position][head_dim / 2][2]
+  const int32_t* row_position;   // [rows], -1: padding, nothing is appended
+  const int32_t* row_slot;       // [rows]
+  const int32_t* block_table;    // [MAX_SLOTS][max_pages] page ids
+  uint16_t* q;                   // [rows][q_heads][head_dim] out
+  uint8_t* k_pages;              // [pages][kv_heads][PAGE_TOKENS][head_dim], bf16 or e4m3
+  uint8_t* v_pages;              // the same
+  float k_quantise, v_quantise;  // what K and V are multiplied with for pages of e4m3, 1 / scale; 0: pages of bf16
   int32_t q_heads, kv_heads, head_dim, max_pages;
 } Rope;
 
@@ -296,7 +301,9 @@ typedef struct PrefillTile {
 } PrefillTile;
 
 typedef struct __attribute__((aligned(64))) AttnPrefillParams {
-  TensorMap k_map;  // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128
+  TensorMap
+      k_map;  // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128; fp8: pairs
+              // (head_dim / 2, ..), box head_dim / 2 x 64 x 1 x 1, swizzled by its width
   TensorMap v_map;  // the same for v_pages
   TensorMap q_map;  // q as 4-D (head_dim, group, kv_heads, rows), box 64 x group x 1 x (ROWS / group), swizzle 128
   const PrefillTile* tiles;    // [tile_count], longest first; at most ATTN_PREFILL_ROWS_* / group tokens each
@@ -306,7 +313,8 @@ typedef struct __attribute__((aligned(64))) AttnPrefillParams {
   uint16_t* out;               // [rows][q_heads][head_dim]
   int32_t q_heads, kv_heads, max_pages;
   int32_t window;  // how many tokens a token attends to, itself included, or NO_WINDOW
-  float scale;     // 1 / sqrt(head_dim)
+  float scale;     // scale of K / sqrt(head_dim)
+  float v_scale;   // 1 for pages of bf16
 } AttnPrefillParams;
 
 // The weights of a product that comes later, for a kernel that leaves the memory idle to read into L2: each of its blocks
@@ -334,6 +342,7 @@ typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   int32_t split_pages;  // 0: pairs are cut where the blocks' shares end; else after so many pages, always
   int32_t window;       // as above
   float scale;
+  float v_scale;
 } AttnDecodeParams;
 
 // sample: one block cluster per row: logits to the next token, budget forcing, the slot's next state, the ring.
@@ -425,8 +434,12 @@ KERNEL_PROTOTYPE(gemv_logits_m32, GemvParams)
 KERNEL_PROTOTYPE(gemv_logits_m64, GemvParams)
 KERNEL_PROTOTYPE(attn_prefill_d64, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
+KERNEL_PROTOTYPE(attn_prefill_d64_fp8, AttnPrefillParams)
+KERNEL_PROTOTYPE(attn_prefill_d128_fp8, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_decode_d64, AttnDecodeParams)
 KERNEL_PROTOTYPE(attn_decode_d128, AttnDecodeParams)
+KERNEL_PROTOTYPE(attn_decode_d64_fp8, AttnDecodeParams)
+KERNEL_PROTOTYPE(attn_decode_d128_fp8, AttnDecodeParams)
 KERNEL_PROTOTYPE(sample, SampleParams)
 KERNEL_PROTOTYPE(decode_loop, DecodeLoopParams)
 KERNEL_PROTOTYPE(random_normal, RandomParams)

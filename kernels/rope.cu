@@ -5,7 +5,7 @@
 // once; the norm before it is rounded as rms_norm rounds. A row whose position is -1 is padding: its q becomes zeros
 // and nothing is appended.
 //
-// Mapping: head_dim / 16 neighbouring threads share a head, 8 pairs each, so every access is 16 bytes and a warp covers
+// Mapping: head_dim / 16 neighbouring threads share a head, 8 pairs each, so every access is 16 bytes (8 of e4m3) and a warp covers
 // 4 (d128) or 8 (d64) heads; they talk to each other only for the norm. Order of the threads: chunk of the head, head
 // (q, k, v), row. Grid: ceil(rows * (q_heads + 2 kv_heads) * head_dim / 16 / ROPE_THREADS) blocks; no shared memory.
 #include "rope.cuh"
@@ -62,8 +62,8 @@ DEVICE void rope_append(const RopeParams& p) {
     }
   }
   if (to.position < 0) UNROLL for (int i = 0; i < 8; i++) low[i] = high[i] = 0.f;
-  store8(to.out + at.low, pack8(low));
-  store8(to.out + at.high, pack8(high));
+  store_eight(to, at.low, low);
+  store_eight(to, at.high, high);
 }
 
 KERNEL(rope_append_d64, RopeParams, ROPE_THREADS) { rope_append<64>(p); }

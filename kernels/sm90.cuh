@@ -84,15 +84,53 @@ DEVICE uint16_t float_to_bf16(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
 }
+// cvt.rn.f16x2 (PTX 9.7.9.22): the same to f16.
+DEVICE uint32_t pack_f16x2(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+// cvt.f32.f16 (PTX 9.7.9.22), of either half.
+DEVICE float f16_low(uint32_t pair) {
+  float y;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(y) : "r"(pair));
+  return y;
+}
+DEVICE float f16_high(uint32_t pair) {
+  float y;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(y) : "r"(pair));
+  return y;
+}
+// cvt.rn.satfinite.e4m3x2 (PTX 9.7.9.22): two floats to two e4m3, `low` in the lower byte; nearest, ties to even; what lies
+// beyond 448 becomes 448.
+DEVICE uint16_t pack_e4m3x2(float low, float high) {
+  uint16_t y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
+  return y;
+}
+// cvt.rn.f16x2.e4m3x2 (PTX 9.7.9.22): exact.
+DEVICE uint32_t e4m3x2_to_f16x2(uint16_t pair) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(pair));
+  return y;
+}
+// prmt (PTX 9.7.9.7): bytes 0 and 2, or 1 and 3, of `low`, then of `high`.
+DEVICE uint32_t even_bytes(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x6420); }
+DEVICE uint32_t odd_bytes(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7531); }
 
 // ---- memory ----
 
-// 16-byte accesses (PTX 9.7.9.8 ld, 9.7.9.11 st); `p` 16-byte aligned, global or shared.
+// 16-byte and 8-byte accesses (PTX 9.7.9.8 ld, 9.7.9.11 st); `p` aligned to as much, global or shared.
 DEVICE void load_16(const void* p, uint32_t (&v)[4]) {
   const uint4 x = *(const uint4*)p;
   v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
 }
 DEVICE void store_16(void* p, const uint32_t (&v)[4]) { *(uint4*)p = make_uint4(v[0], v[1], v[2], v[3]); }
+DEVICE void load_8(const void* p, uint32_t (&v)[2]) {
+  const uint2 x = *(const uint2*)p;
+  v[0] = x.x, v[1] = x.y;
+}
+DEVICE void store_8(void* p, const uint32_t (&v)[2]) { *(uint2*)p = make_uint2(v[0], v[1]); }
 // ld.global.nc.L1::no_allocate (PTX 9.7.9.9): only for what no kernel ever writes (weights).
 DEVICE void load_16_streaming(const void* p, uint32_t (&v)[4]) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -444,6 +482,13 @@ DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same of f16.
+DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -217,6 +217,7 @@ impl Cache {
             split_pages: split_pages as i32,
             window: self.window as i32,
             scale: heads.scale(),
+            v_scale: 1.0,
             ..Default::default()
         };
         let launch = Launch { shared_bytes: shared, pdl: true, ..kernel.launch([grid, 1, 1], params) };
@@ -267,7 +268,7 @@ impl Cache {
             max_pages: self.max_pages as i32,
             window: self.window as i32,
             scale: heads.scale(),
-            ..Default::default()
+            v_scale: 1.0,
         };
         let launch = Launch { shared_bytes: shared, pdl: true, ..kernel.launch([grid, 1, 1], params) };
         device.launch(&launch).unwrap();
@@ -603,6 +604,7 @@ fn check_rope(heads: Heads, norm: bool) {
                     kv_heads: heads.kv as i32,
                     head_dim: d as i32,
                     max_pages: cache.max_pages as i32,
+                    ..Default::default()
                 },
                 rows: positions.len() as i32,
                 norm_eps: eps,

@@ -14,7 +14,7 @@ use ponder::kernels::params::{
     GEMM_SHARED, GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64, GemmParams, GemvParams, TensorMap,
 };
 use ponder::kv_cache::KvCache;
-use ponder::ops::{self, Heads, Input, Linear, Norm, Output, RopeInto, Rows, Workspace};
+use ponder::ops::{self, Heads, Input, KvScales, KvType, Linear, Norm, Output, RopeInto, Rows, Workspace};
 use ponder::tiling::{self, Product, Tiling};
 use std::sync::Arc;
 
@@ -415,8 +415,9 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
             // The last page first.
             let entry = |i: u32| PageEntry { slot: i / 3 + 1, index: i % 3, page: 3 * count - i };
             let entries: Vec<PageEntry> = (0..3 * count).map(entry).collect();
-            let run = |fused: bool| {
-                let cache = KvCache::new(&device, 1, heads, 3 * count + 1, count + 1, 3).unwrap();
+            let scales = KvScales { k: 0.37, v: 1.9 };
+            let run = |kind: KvType, fused: bool| {
+                let cache = KvCache::new(&device, heads, kind, &[scales], 3 * count + 1, count + 1, 3).unwrap();
                 cache.set_pages(&device, &entries).unwrap();
                 let (q, qkv) = (device.alloc(rows * (query * dim) as usize * 2), device.alloc(rows * n * 2));
                 let (q, qkv) = (q.unwrap(), qkv.unwrap());
@@ -430,7 +431,10 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
                 }
                 [&q, pages.k, pages.v].map(|b| download::<u16>(&device, b))
             };
-            assert!(run(true) == run(false), "{}: {rows} rows, {heads:?}", device.describe());
+            for kind in [KvType::Bf16, KvType::Fp8] {
+                let same = run(kind, true) == run(kind, false);
+                assert!(same, "{}: {rows} rows, {heads:?}, {kind:?}", device.describe());
+            }
         }
     }
 }

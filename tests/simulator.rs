@@ -9,7 +9,7 @@ use ponder::device::{Device, DeviceChoice};
 use ponder::engine::{Engine, RequestId, Stats};
 use ponder::executor::ExecutorOptions;
 use ponder::frontend::{Frontend, Request};
-use ponder::model::Weights;
+use ponder::model::{Weights, key_bytes};
 use ponder::sampling::SamplingRequest;
 use ponder::sequence::{Answer, FinishReason};
 use ponder::simulator::step_seconds;
@@ -238,8 +238,10 @@ fn the_host_adds_nothing() {
         let config = &engine.frontend.config;
         // Prompts in full steps, then every token in a step of all rows.
         let tokens = 64 * 512 - engine.stats().counters.found_tokens;
-        let prefill = tokens as f64 / 512.0 * step_seconds(&gpu, config, 512, 1, 512, 512 * 256);
-        let decode: f64 = (512..4511).map(|keys| step_seconds(&gpu, config, 64, 64, 64 * keys, 64 * keys)).sum();
+        let key_bytes = |keys| key_bytes(config, engine.memory().kv_type, keys);
+        let prefill = tokens as f64 / 512.0 * step_seconds(&gpu, config, 512, 1, key_bytes(512), 512 * 256);
+        let step = |keys: u64| step_seconds(&gpu, config, 64, 64, key_bytes(64 * keys), 64 * keys);
+        let decode: f64 = (512..4511).map(step).sum();
         let bound = prefill + decode;
         println!("{} tokens/s, bound {}", 256_000.0 / seconds, 256_000.0 / bound);
         assert!(engine.stats().counters.found_tokens >= found, "{:?}", engine.stats());
@@ -275,7 +277,9 @@ fn steps_take_their_time() {
     let mut engine = Engine::new(frontend, Weights::Dummy, &device, &Default::default(), &mut |_, _| {}).unwrap();
     let start = std::time::Instant::now();
     let (seconds, _) = load(&mut engine, &[exact(1, 10, 20)]);
-    let step = step_seconds(device.simulated().unwrap(), &engine.frontend.config, 1, 1, 20, 20);
+    let config = &engine.frontend.config;
+    let key_bytes = key_bytes(config, engine.memory().kv_type, 20);
+    let step = step_seconds(device.simulated().unwrap(), config, 1, 1, key_bytes, 20);
     assert!(seconds > 20.0 * step && seconds <= start.elapsed().as_secs_f64(), "{seconds} s for 20 steps of {step} s");
 }
 

@@ -11,7 +11,9 @@ use crate::batch::{PageEntry, SamplingParams, SlotSetup};
 use crate::device::{Buffer, Device, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS, TRAIT_REAL};
 use crate::kv_cache::KvCache;
-use crate::ops::{self, Epilogue, Heads, Input, Linear, Norm, Output, RopeInto, Rows, Tiles, Tokens, Workspace};
+use crate::ops::{
+    self, Epilogue, Heads, Input, KvScales, KvType, Linear, Norm, Output, RopeInto, Rows, Tiles, Tokens, Workspace,
+};
 use crate::slots::Slots;
 use crate::tiles::{ChunkRows, prefill_tiles};
 use crate::tiling::{TILE_ROWS, Tiling};
@@ -326,7 +328,7 @@ impl Bench<'_> {
         let workspace = Workspace::new(self.device, n as usize, n.max(k) as usize, s.heads, None)?;
         for shape in wanted {
             let count = shape[0].1;
-            let sequences = self.sequences(s.heads, &vec![(99, 1); count as usize])?;
+            let sequences = self.sequences(s.heads, KvType::Bf16, &vec![(99, 1); count as usize])?;
             let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
             let into = RopeInto { heads: s.heads, cos_sin: &cos_sin, rows: &rows, pages: &pages, q: &out };
             let (input, output) = match name {
@@ -343,6 +345,7 @@ impl Bench<'_> {
     }
 
     fn attention(&mut self, s: &Shape) -> Result<()> {
+        let kv_type = |name| if name == "fp8" { KvType::Fp8 } else { KvType::Bf16 };
         let heads = [("q_heads", s.heads.query), ("kv_heads", s.heads.kv), ("head_dim", s.heads.dim)];
         let dimensions = |sequences: &[(u32, u32)], causal: u32| {
             let rows = sequences.iter().map(|&(_, tokens)| tokens).sum();
@@ -350,10 +353,12 @@ impl Bench<'_> {
             let rest = [("rows", rows), ("keys", keys), ("sequences", sequences.len() as u32), ("causal", causal)];
             [&heads[..], &rest].concat()
         };
-        for &(name, chunks) in s.sizes.prefill {
+        let in_fp8 = s.sizes.prefill.iter().filter(|(name, _)| *name == "prefill").map(|(_, chunks)| ("fp8", chunks));
+        let in_bf16 = s.sizes.prefill.iter().map(|(name, chunks)| (*name, chunks));
+        for (name, chunks) in in_bf16.chain(in_fp8) {
             let wanted = self.wanted("attn_prefill", name, [dimensions(chunks, 1)]);
             let [shape] = wanted.as_slice() else { continue };
-            let sequences = self.sequences(s.heads, chunks)?;
+            let sequences = self.sequences(s.heads, kv_type(name), chunks)?;
             let elements = (sequences.rows * s.heads.query * s.heads.dim) as usize;
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
             let tiles = prefill_tiles(&sequences.chunks, s.heads.dim, s.heads.group());
@@ -371,17 +376,18 @@ impl Bench<'_> {
             let launch = ops::attn_prefill(self.device, &q, s.heads, None, &tiles, &pages, &out, &workspace)?;
             self.measure("attn_prefill", name, shape, &launch)?;
         }
-        for &(batch, keys) in s.sizes.decode {
+        let of_type = |name| s.sizes.decode.iter().map(move |size| (name, size));
+        for (name, &(batch, keys)) in of_type("decode").chain(of_type("fp8")) {
             let chunks = vec![(keys - 1, 1); batch as usize];
-            let wanted = self.wanted("attn_decode", "decode", [dimensions(&chunks, 0)]);
+            let wanted = self.wanted("attn_decode", name, [dimensions(&chunks, 0)]);
             let [shape] = wanted.as_slice() else { continue };
-            let sequences = self.sequences(s.heads, &chunks)?;
+            let sequences = self.sequences(s.heads, kv_type(name), &chunks)?;
             let elements = (batch * s.heads.query * s.heads.dim) as usize;
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
             let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
             let launch = ops::attn_decode(&q, s.heads, None, &rows, sequences.keys, &pages, &out, None, &workspace);
-            self.measure("attn_decode", "decode", shape, &launch)?;
+            self.measure("attn_decode", name, shape, &launch)?;
         }
         Ok(())
     }
@@ -418,7 +424,7 @@ impl Bench<'_> {
             let count = shape[0].1;
             // In decode each row is a sequence of its own.
             let chunks = if count <= MAX_DECODE_ROWS { vec![(99, 1); count as usize] } else { vec![(0, count)] };
-            let sequences = self.sequences(s.heads, &chunks)?;
+            let sequences = self.sequences(s.heads, KvType::Bf16, &chunks)?;
             let qkv = self.random((count * s.heads.columns()) as usize, 1.0)?;
             let q = self.device.alloc((count * s.heads.query * s.heads.dim) as usize * 2)?;
             let cos_sin = self.random_f32((count.max(100) * s.heads.dim) as usize, 1.0)?;
@@ -500,7 +506,7 @@ impl Bench<'_> {
     }
 
     /// Of each sequence (position of the first new token, new tokens). Their pages alternate, as if they had grown together.
-    fn sequences(&mut self, heads: Heads, chunks: &[(u32, u32)]) -> Result<Sequences> {
+    fn sequences(&mut self, heads: Heads, kv_type: KvType, chunks: &[(u32, u32)]) -> Result<Sequences> {
         let pages_of = |&(position, tokens): &(u32, u32)| (position + tokens).div_ceil(PAGE_TOKENS);
         let longest = chunks.iter().map(pages_of).max().expect("a sequence");
         let mut page = 0;
@@ -512,9 +518,18 @@ impl Bench<'_> {
             }
         }
         entries.sort_by_key(|e| (e.slot, e.index));
-        let cache = KvCache::new(self.device, 1, heads, page + 1, chunks.len() as u32 + 1, longest)?;
+        let cache = KvCache::new(
+            self.device,
+            heads,
+            kv_type,
+            &[KvScales::default()],
+            page + 1,
+            chunks.len() as u32 + 1,
+            longest,
+        )?;
         cache.set_pages(self.device, &entries)?;
         let layer = cache.layer(0);
+        // In fp8 some of that is NaN, which takes as long as anything.
         for values in [layer.k, layer.v] {
             self.randomise(values, values.bytes() / 2, 1.0)?;
         }

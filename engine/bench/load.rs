@@ -6,6 +6,7 @@ use crate::config::ModelConfig;
 use crate::engine::{Engine, RequestId};
 use crate::frontend::Request;
 use crate::model;
+use crate::ops::KvType;
 use crate::sampling::SamplingRequest;
 use crate::sequence::FinishReason;
 use crate::telemetry::Telemetry;
@@ -99,7 +100,8 @@ pub fn run(
     let timelines: Vec<Timeline> =
         (0..load.iterations).map(|iteration| iterate(engine, load, load.warmup + iteration)).collect::<Result<_>>()?;
     let joules = joules().zip(before).map(|(after, before)| after - before);
-    Ok(Outcome::new(&engine.frontend.config, load, rows, &timelines, roofline, joules))
+    let kv_type = engine.memory().kv_type;
+    Ok(Outcome::new(&engine.frontend.config, load, rows, kv_type, &timelines, roofline, joules))
 }
 
 fn iterate(engine: &mut Engine, load: &Load, iteration: u32) -> Result<Timeline> {
@@ -147,6 +149,7 @@ impl Outcome {
         config: &ModelConfig,
         load: &Load,
         rows: u32,
+        kv_type: KvType,
         timelines: &[Timeline],
         roofline: Option<Roofline>,
         joules: Option<f64>,
@@ -172,9 +175,10 @@ impl Outcome {
         };
         let (prefilled, seconds) = (median(prefilled), median(whole));
         let tokens = load.requests as u64 * output;
-        // Of bf16.
-        let step_bytes = model::decode_bytes(config, rows.min(load.requests) as u64 * (input + output / 2));
-        let step_bytes = step_bytes * roofline.map_or(2, |r| r.element_bytes) / 2;
+        // decode_weight_bytes is of bf16.
+        let weights = model::decode_weight_bytes(config) * roofline.map_or(2, |r| r.element_bytes) / 2;
+        let keys = rows.min(load.requests) as u64 * (input + output / 2);
+        let step_bytes = weights + model::key_bytes(config, kv_type, keys);
         let prompts = load.requests as u64 * model::prefill_flops(config, input);
         let per_token = Milliseconds::of(gaps);
         Outcome {
@@ -229,7 +233,15 @@ mod tests {
         let timeline: Timeline = vec![vec![1.0, 1.05, 1.06, 1.07], vec![1.05, 1.06, 1.07, 1.09]];
         let load = Load { requests: 2, input_tokens: 10, output_tokens: 4, iterations: 1, warmup: 0 };
         let roofline = Roofline { bytes_per_second: 1e9, flops_per_second: 1e12, element_bytes: 2 };
-        let o = Outcome::new(&config(), &load, 16, std::slice::from_ref(&timeline), Some(roofline), Some(4.0));
+        let o = Outcome::new(
+            &config(),
+            &load,
+            16,
+            KvType::Bf16,
+            std::slice::from_ref(&timeline),
+            Some(roofline),
+            Some(4.0),
+        );
         let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-6 * b.abs(), "{a} is not {b}");
         near(o.time_to_first_token_ms.mean, 1025.0);
         near(o.time_to_first_token_ms.p50, 1000.0);
@@ -242,7 +254,7 @@ mod tests {
         near(o.joules_per_output_token.unwrap(), 0.5);
         near(o.decode_roofline_percent.unwrap(), o.decode_step_bytes as f64 / 1e9 / 0.010 * 100.0);
         let narrow = Roofline { element_bytes: 1, ..roofline };
-        let half = Outcome::new(&config(), &load, 16, &[timeline], Some(narrow), None);
+        let half = Outcome::new(&config(), &load, 16, KvType::Fp8, &[timeline], Some(narrow), None);
         near(half.decode_roofline_percent.unwrap(), o.decode_roofline_percent.unwrap() / 2.0);
         let flops = 2.0 * model::prefill_flops(&config(), 10) as f64;
         near(o.prefill_roofline_percent.unwrap(), flops / 1e12 / 1.05 * 100.0);
@@ -251,7 +263,7 @@ mod tests {
     #[test]
     fn one_token_answers_have_no_time_between_tokens() {
         let load = Load { requests: 1, input_tokens: 3, output_tokens: 1, iterations: 1, warmup: 0 };
-        let o = Outcome::new(&config(), &load, 16, &[vec![vec![0.5]]], None, None);
+        let o = Outcome::new(&config(), &load, 16, KvType::Bf16, &[vec![vec![0.5]]], None, None);
         assert_eq!(o.time_per_output_token_ms, None);
         assert_eq!((o.seconds, o.decode_roofline_percent), (0.5, None));
     }
@@ -263,9 +275,11 @@ mod tests {
         let norms = ((2 * c.num_layers + 1) * c.hidden_size * 2) as u64;
         let biases = (c.num_layers * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * 2) as u64;
         let other = if c.tie_word_embeddings { 0 } else { tables };
-        assert_eq!(model::decode_bytes(&c, 0), model::weight_bytes(&c) - norms - biases - other);
-        let per_token = (2 * c.num_layers * c.num_kv_heads * c.head_dim * 2) as u64;
-        assert_eq!(model::decode_bytes(&c, 7) - model::decode_bytes(&c, 0), 7 * per_token);
+        assert_eq!(model::decode_weight_bytes(&c), model::weight_bytes(&c) - norms - biases - other);
+        let numbers = 7 * (2 * c.num_layers * c.num_kv_heads * c.head_dim) as u64;
+        for kind in [KvType::Bf16, KvType::Fp8] {
+            assert_eq!(model::key_bytes(&c, kind, 7), numbers * kind.bytes());
+        }
     }
 
     #[test]

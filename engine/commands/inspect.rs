@@ -94,7 +94,12 @@ pub fn memory(plan: &MemoryPlan) -> String {
     text += &line(
         "KV cache",
         plan.kv_cache,
-        format!(": {} pages of {PAGE_TOKENS} tokens, sequences of up to {} tokens", plan.pages - 1, plan.context),
+        format!(
+            ": {} pages of {PAGE_TOKENS} tokens in {}, sequences of up to {} tokens",
+            plan.pages - 1,
+            plan.kv_type.name(),
+            plan.context
+        ),
     );
     text += &line("workspace", plan.workspace, format!(": {} prompt tokens in a step", plan.prefill_chunk));
     text += &line("slots", plan.slot_states, format!(": {} sequences at a time", plan.slots - 1));
@@ -108,10 +113,11 @@ pub fn memory(plan: &MemoryPlan) -> String {
 pub fn memory_line(plan: &MemoryPlan) -> String {
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
     format!(
-        "memory: weights {}, KV cache {} ({} pages), workspace {}, slots {}, recorded steps {}; {} were free",
+        "memory: weights {}, KV cache {} ({} pages in {}), workspace {}, slots {}, recorded steps {}; {} were free",
         mib(plan.weights),
         mib(plan.kv_cache),
         plan.pages - 1,
+        plan.kv_type.name(),
         mib(plan.workspace),
         mib(plan.slot_states),
         plan.graphs.map_or("none".into(), mib),

@@ -11,13 +11,14 @@ mod serve;
 mod study;
 
 use crate::Result;
-use crate::args::{Args, Command, DecodeLoopKind, LoadFormat, ModelArgs, SourceArgs};
+use crate::args::{Args, Command, DecodeLoopKind, KvCacheDtype, LoadFormat, ModelArgs, SourceArgs};
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceChoice};
 use crate::engine::Engine;
 use crate::executor::{DecodeLoop, ExecutorOptions};
 use crate::frontend::Frontend;
 use crate::model::Weights;
+use crate::ops::KvType;
 use crate::telemetry::Telemetry;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -82,12 +83,20 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
         max_context: args.max_context,
         pages: args.kv_pages,
         kv_memory: args.kv_memory,
+        kv_type: kv_type(&args.source),
         memory_utilization: args.gpu_memory_utilization,
         graphs: !args.source.no_graphs,
         prefill_chunk: args.source.prefill_chunk,
         decode_loop: decode_loop(&args.source),
         deterministic: args.deterministic,
         ..default
+    }
+}
+
+fn kv_type(args: &SourceArgs) -> KvType {
+    match args.kv_cache_dtype {
+        KvCacheDtype::Auto | KvCacheDtype::Bf16 => KvType::Bf16,
+        KvCacheDtype::Fp8 => KvType::Fp8,
     }
 }
 

@@ -56,7 +56,7 @@ impl SimulatedGpu {
         format!("simulated {}, {precision}, {time}: tokens are made up, steps take what its roofline says", self.name)
     }
 
-    /// Bytes of a weight, a key or a value.
+    /// Bytes of a weight.
     pub fn element_bytes(&self) -> u64 {
         if self.fp8 { 1 } else { 2 }
     }

@@ -61,7 +61,7 @@ void tensor_store(const TensorMap* map, const void* src, int rank, const int* co
 
 void load_matrix(uint32_t* r, const void* row, bool transpose, int line);
 void store_matrix(void* row, const uint32_t* r, bool transpose, int line);
-void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, int line);
+void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool f16, int line);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
@@ -105,6 +105,50 @@ DEVICE uint16_t float_to_bf16(float x) {
 }
 DEVICE uint32_t pack_bf16x2(float low, float high) { return float_to_bf16(low) | (uint32_t)float_to_bf16(high) << 16; }
 
+namespace simt {
+static inline uint16_t float_to_f16(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;          // the canonical NaN
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00;  // 65520 and more
+  if (magnitude < 0x38800000u) return sign | (uint16_t)rintf(fabsf(x) * 0x1p24f);
+  return sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10));
+}
+static inline float f16_to_float(uint16_t x) {
+  const uint32_t exponent = x >> 10 & 31, fraction = x & 0x3ff;
+  const float magnitude = exponent == 0    ? fraction * 0x1p-24f
+                          : exponent == 31 ? bits_to_float(0x7f800000u | fraction << 13)
+                                           : bits_to_float((exponent + 112) << 23 | fraction << 13);
+  return x & 0x8000 ? -magnitude : magnitude;
+}
+static inline uint8_t float_to_e4m3(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7f;                                     // the canonical NaN
+  if (magnitude < 0x3c800000u) return sign | (uint8_t)rintf(fabsf(x) * 512.f);  // below 2^-6: eighths of that
+  const uint32_t rounded = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+  return sign | (rounded < 0x7e ? rounded : 0x7e);
+}
+static inline float e4m3_to_float(uint8_t x) {
+  const int exponent = x >> 3 & 15, fraction = x & 7;
+  if ((x & 0x7f) == 0x7f) return NAN;
+  const float magnitude = exponent == 0 ? fraction / 512.f : bits_to_float((exponent + 120) << 23 | fraction << 20);
+  return x & 0x80 ? -magnitude : magnitude;
+}
+}  // namespace simt
+
+DEVICE uint32_t pack_f16x2(float low, float high) {
+  return simt::float_to_f16(low) | (uint32_t)simt::float_to_f16(high) << 16;
+}
+DEVICE float f16_low(uint32_t pair) { return simt::f16_to_float(pair); }
+DEVICE float f16_high(uint32_t pair) { return simt::f16_to_float(pair >> 16); }
+DEVICE uint16_t pack_e4m3x2(float low, float high) { return simt::float_to_e4m3(low) | simt::float_to_e4m3(high) << 8; }
+DEVICE uint32_t e4m3x2_to_f16x2(uint16_t pair) {
+  return pack_f16x2(simt::e4m3_to_float(pair), simt::e4m3_to_float(pair >> 8));
+}
+DEVICE uint32_t even_bytes(uint32_t low, uint32_t high) {
+  return (low & 0xff) | (low >> 8 & 0xff00) | (high & 0xff) << 16 | (high << 8 & 0xff000000u);
+}
+DEVICE uint32_t odd_bytes(uint32_t low, uint32_t high) { return even_bytes(low >> 8, high >> 8); }
+
 // ---- memory ----
 
 DEVICE void load_16(const void* p, uint32_t (&v)[4]) {
@@ -114,6 +158,14 @@ DEVICE void load_16(const void* p, uint32_t (&v)[4]) {
 DEVICE void store_16(void* p, const uint32_t (&v)[4]) {
   uint32_t* to = (uint32_t*)p;
   for (int i = 0; i < 4; i++) to[i] = v[i];
+}
+DEVICE void load_8(const void* p, uint32_t (&v)[2]) {
+  const uint32_t* from = (const uint32_t*)p;
+  for (int i = 0; i < 2; i++) v[i] = from[i];
+}
+DEVICE void store_8(void* p, const uint32_t (&v)[2]) {
+  uint32_t* to = (uint32_t*)p;
+  for (int i = 0; i < 2; i++) to[i] = v[i];
 }
 DEVICE void load_16_streaming(const void* p, uint32_t (&v)[4]) { load_16(p, v); }
 DEVICE void fence_device() { simt::fence(); }
@@ -257,7 +309,10 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_LINE) { si
 DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4], SIMT_LINE) { simt::store_matrix(row, r, false, line); }
 DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], SIMT_LINE) { simt::store_matrix(row, r, true, line); }
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_LINE) {
-  simt::mma(d, a, b0, b1, line);
+  simt::mma(d, a, b0, b1, false, line);
+}
+DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_LINE) {
+  simt::mma(d, a, b0, b1, true, line);
 }
 
 // ---- wgmma ----

@@ -87,10 +87,11 @@ struct MmaArg {
   float* d;
   const uint32_t* a;
   uint32_t b[2];
+  bool f16;
 };
 
-void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, int line) {
-  MmaArg arg = {d, a, {b0, b1}};
+void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool f16, int line) {
+  MmaArg arg = {d, a, {b0, b1}, f16};
   mma_collective(&arg, line);
 }
 
@@ -131,7 +132,8 @@ multiply(float* __restrict c, const float* __restrict a, const float* __restrict
   }
 }
 
-void mma_all(Block*, void** args) {
+template <float (*to_float)(uint16_t)>
+static void multiply_fragments(void** args) {
   float a[16 * 16], b[16 * 8], c[16 * 8];
   for (int l = 0; l < 32; l++) {
     const MmaArg& arg = *(MmaArg*)args[l];
@@ -150,6 +152,13 @@ void mma_all(Block*, void** args) {
   multiply(c, a, b, 16, 8);
   for (int l = 0; l < 32; l++)
     for (int i = 0; i < 4; i++) ((MmaArg*)args[l])->d[i] = c[(l / 4 + 8 * (i / 2)) * 8 + 2 * (l % 4) + i % 2];
+}
+
+void mma_all(Block*, void** args) {
+  if (((MmaArg*)args[0])->f16)
+    multiply_fragments<f16_to_float>(args);
+  else
+    multiply_fragments<to_float>(args);
 }
 
 // ---- wgmma ----
