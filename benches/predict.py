@@ -41,7 +41,7 @@ EXPOSED = 0.93
 PRODUCTS = ("HGMMA", "HMMA")
 # What no way through a loop may leave out.
 WORK = (*PRODUCTS, "MUFU")
-CONVERT = 22  # instructions that a lane spends on 8 numbers of e4m3, to make them bf16
+CONVERT = 11  # instructions that a lane spends on 8 numbers of e4m3, to make them f16
 BARRIER = 0.9  # us: a barrier of a cluster of eight, with the reduction before it
 PUBLISH = 1.5  # us: a record to host memory, a fence, a ticket
 LOGIT = 8  # instructions that a pass of the sampler spends on a logit

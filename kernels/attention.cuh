@@ -24,6 +24,12 @@ DEVICE int swizzled_fp8(int row, int chunk) {
   return row * kHeadDim + (chunk ^ (kHeadDim == 128 ? row % 8 : row / 2 % 4)) * 16;
 }
 
+// What Q and the probabilities are beside fp8 pages: f16, which e4m3 becomes in one instruction for two numbers.
+template <bool kFp8>
+DEVICE uint32_t pack_pair(float low, float high) {
+  return kFp8 ? pack_f16x2(low, high) : pack_bf16x2(low, high);
+}
+
 // Reductions over the four lanes that share a row of an accumulator.
 DEVICE float quad_max(float x) {
   x = fmaxf(x, shfl_xor(x, 1));

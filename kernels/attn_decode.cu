@@ -22,10 +22,10 @@
 // finite (P is 0 there): pools are zeroed at the start and only ever hold what was appended.
 //
 // fp8 pages (_fp8) are half as long a stream. e4m3 becomes f16, which holds it exactly, on the way from a tile to the fragments, one
-// instruction for two elements; Q and P are f16, too, and the products accumulate in fp32 as ever. Bytes are moved as pairs, so
-// a lane has four neighbouring columns where it has twice two of bf16: of K, that is another order of the columns of the sum, in
-// which Q is read as well; of V, it is another order of the columns of O, which merge_warps() puts right. The scale of K is in
-// p.scale, that of V in store_normalised().
+// instruction for two elements; Q, which comes so, and P are f16, too, and the products accumulate in fp32 as ever. Bytes are moved
+// as pairs, so a lane has four neighbouring columns where it has twice two of bf16: of K, that is another order of the columns of
+// the sum, in which Q is read as well; of V, it is another order of the columns of O, which merge_warps() puts right. The scale of
+// K is in p.scale, that of V in store_normalised().
 //
 // Prediction (not yet run on a GPU): 2.9 TB/s at long contexts; 4 to 5 us a call at batch 1 and a short one, the latencies of a
 // page, of the merge of warps and of the merge of blocks.
@@ -198,17 +198,6 @@ DEVICE int out_column(int j, int e) {
   return kFp8 ? j / 2 * 16 + lane_id() % 4 * 4 + 2 * e + j % 2 : 8 * j + lane_id() % 4 * 2 + e;
 }
 
-template <bool kFp8>
-DEVICE uint32_t pack_pair(float low, float high) {
-  return kFp8 ? pack_f16x2(low, high) : pack_bf16x2(low, high);
-}
-
-// Two of Q; fp8 takes them as f16.
-template <bool kFp8>
-DEVICE uint32_t q_pair(uint32_t bf16) {
-  return kFp8 ? pack_f16x2(bf16_low(bf16), bf16_high(bf16)) : bf16;
-}
-
 // Q of the pair as A fragments; rows behind the group are zero. In each 16 columns a lane has two and, 8 further on, two; or
 // (fp8) four neighbours.
 template <int kHeadDim, bool kFp8>
@@ -219,8 +208,8 @@ DEVICE void load_q(const AttnDecodeParams& p, const Segment& segment, int group,
     const int head = lane_id() / 4 + 8 * i;
     const uint32_t* row = (const uint32_t*)(base + head * kHeadDim);
     UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
-      q[k][i] = head < group ? q_pair<kFp8>(row[8 * k]) : 0;
-      q[k][i + 2] = head < group ? q_pair<kFp8>(row[8 * k + (kFp8 ? 1 : 4)]) : 0;
+      q[k][i] = head < group ? row[8 * k] : 0;
+      q[k][i + 2] = head < group ? row[8 * k + (kFp8 ? 1 : 4)] : 0;
     }
   }
 }

@@ -32,11 +32,11 @@
 // and back again (snake order), and 1.03, 1.01 and 1.00 when drawn. A ragged batch of five (40 over 8 heads) takes 1.60,
 // 1.45 and 1.15.
 //
-// fp8 pages (_fp8): wgmma multiplies no e4m3 with bf16. So a third ring, whose tiles are as they lie in the pages, K and V by turns,
-// stands before the two others: three warps of the loading warpgroup, idle otherwise, convert each of its tiles to bf16, which
-// holds e4m3 exactly, and the consumers do not know the difference. The scale of K is in p.scale, that of V in store_output().
-// Eight numbers cost a lane 22 instructions, so a round of heads of 128 (two tiles) has 940 more for each of the three, and
-// shared memory moves 1.3 times the bytes: prefill is to be a fifth slower than over bf16 (not yet run on a GPU).
+// fp8 pages (_fp8): wgmma transposes no e4m3, and multiplies it with nothing but fp8. So a third ring, whose tiles are as they lie in
+// the pages, K and V by turns, stands before the two others: three warps of the loading warpgroup, idle otherwise, convert each of
+// its tiles to f16, which holds e4m3 exactly; Q comes in f16, and P is made so. The scale of K is in p.scale, that of V in
+// store_output(). Eight numbers cost a lane 11 instructions, so a round of heads of 128 (two tiles) has 470 more for each of
+// the three, and shared memory moves 1.3 times the bytes (not yet run on a GPU).
 //
 // Masking: only tiles that reach beyond the warpgroup's first query are masked, and with a sliding window those that
 // begin before its last query's; tiles before every query's window are not read. The keys behind a sequence's end are
@@ -217,20 +217,17 @@ DEVICE void produce(const AttnPrefillParams& p, PrefillShared<kHeadDim, kFp8>& s
 
 // ---- the converting warps, 1 to 3, of fp8 pages ----
 
-// A tile of e4m3 to one of bf16, 8 columns at a time; by 8 rows, in which a lane always has the same places.
+// A tile of e4m3 to one of f16, 8 columns at a time; by 8 rows, in which a lane always has the same places.
 template <int kHeadDim>
 DEVICE void convert_tile(const uint8_t* raw, uint8_t* tile) {
   constexpr int kChunks = kHeadDim / 8;
   for (int rows = 8 * (warp_id() - 1); rows < kTileTokens; rows += 8 * kConvertWarps) {
     UNROLL for (int i = lane_id(); i < 8 * kChunks; i += kWarp) {
       const int row = i / kChunks, chunk = i % kChunks;
-      uint32_t e4m3[2], bf16[4];
+      uint32_t e4m3[2], f16[4];
       load_8(raw + rows * kHeadDim + swizzled_fp8<kHeadDim>(row, chunk / 2) + chunk % 2 * 8, e4m3);
-      UNROLL for (int j = 0; j < 4; j++) {
-        const uint32_t f16 = e4m3x2_to_f16x2((uint16_t)(e4m3[j / 2] >> j % 2 * 16));
-        bf16[j] = pack_bf16x2(f16_low(f16), f16_high(f16));
-      }
-      store_16(tile + rows * kRowBytes + swizzled(kTileTokens, row, chunk), bf16);
+      UNROLL for (int j = 0; j < 4; j++) f16[j] = e4m3x2_to_f16x2((uint16_t)(e4m3[j / 2] >> j % 2 * 16));
+      store_16(tile + rows * kRowBytes + swizzled(kTileTokens, row, chunk), f16);
     }
   }
 }
@@ -266,19 +263,28 @@ DEVICE void convert(PrefillShared<kHeadDim, true>& shared) {
 // ---- the consumers ----
 
 // S = Q K^T: 64 rows x 128 tokens. Descriptors of the consumer's first row and of the tile.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 DEVICE void issue_scores(float (&s)[kTileTokens / 2], uint64_t q, uint64_t k) {
   UNROLL for (int i = 0; i < kHeadDim / 16; i++) {
     const int columns = i % 4 * 32;
-    wgmma_ss<kTileTokens>(s, q + (i / 4 * PrefillShared<kHeadDim, false>::kQueryPanelBytes + columns) / 16,
-                          k + (i / 4 * kPanelBytes + columns) / 16, i > 0);
+    const uint64_t q_part = q + (i / 4 * PrefillShared<kHeadDim, kFp8>::kQueryPanelBytes + columns) / 16;
+    const uint64_t k_part = k + (i / 4 * kPanelBytes + columns) / 16;
+    if constexpr (kFp8)
+      wgmma_ss_f16<kTileTokens>(s, q_part, k_part, i > 0);
+    else
+      wgmma_ss<kTileTokens>(s, q_part, k_part, i > 0);
   }
 }
 
 // O += P V: V is [token][column], the transpose of what K-major would be.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 DEVICE void issue_output(float (&o)[kHeadDim / 2], const uint32_t (&probabilities)[kTileTokens / 16][4], uint64_t v) {
-  UNROLL for (int i = 0; i < kTileTokens / 16; i++) wgmma_rs<kHeadDim, 1>(o, probabilities[i], v + i * kRowBytes, true);
+  UNROLL for (int i = 0; i < kTileTokens / 16; i++) {
+    if constexpr (kFp8)
+      wgmma_rs_f16<kHeadDim, 1>(o, probabilities[i], v + i * kRowBytes, true);
+    else
+      wgmma_rs<kHeadDim, 1>(o, probabilities[i], v + i * kRowBytes, true);
+  }
 }
 
 // Of one lane: rows lane / 4 and + 8 of the warp's 16.
@@ -326,9 +332,10 @@ DEVICE void mask_before_window(float (&s)[kTileTokens / 2], const RowState& row,
 }
 
 // The accumulator of S, packed by pairs, is the A fragment of P V.
+template <bool kFp8>
 DEVICE void pack(const float (&s)[kTileTokens / 2], uint32_t (&probabilities)[kTileTokens / 16][4]) {
   UNROLL for (int k = 0; k < kTileTokens / 16; k++) UNROLL for (int i = 0; i < 4; i++) probabilities[k][i] =
-      pack_bf16x2(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+      pack_pair<kFp8>(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
 }
 
 // Normalised O of the warp's 16 rows from `first_row` on: to the memory of its rows of Q, then 16 bytes at a time to `out`.
@@ -399,7 +406,7 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim, kFp8>& s
 
     mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
     wgmma_fence();
-    issue_scores<kHeadDim>(s, q, k0 + k_ring.stage * (Shared::kTileBytes / 16));
+    issue_scores<kHeadDim, kFp8>(s, q, k0 + k_ring.stage * (Shared::kTileBytes / 16));
     wgmma_commit();
     wgmma_wait<0>();
     release(&shared.k_empty[k_ring.stage]);
@@ -407,17 +414,17 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim, kFp8>& s
     mask(s, row, newest * kTileTokens);
     if (newest * kTileTokens <= last_hidden) mask_before_window(s, row, newest * kTileTokens, p.window);
     softmax(s, row, scale_log2, rescale);
-    pack(s, probabilities);
+    pack<kFp8>(s, probabilities);
 
     for (int n = newest - 1; n >= oldest; n--) {
       mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
       named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup);
       wgmma_fence();
-      issue_scores<kHeadDim>(s, q, k0 + k_ring.stage * (Shared::kTileBytes / 16));
+      issue_scores<kHeadDim, kFp8>(s, q, k0 + k_ring.stage * (Shared::kTileBytes / 16));
       wgmma_commit();
       mbarrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
       wgmma_fence();
-      issue_output<kHeadDim>(o, probabilities, v0 + v_ring.stage * (Shared::kTileBytes / 16));
+      issue_output<kHeadDim, kFp8>(o, probabilities, v0 + v_ring.stage * (Shared::kTileBytes / 16));
       wgmma_commit();
       named_barrier_arrive(kTurnBarrier + next_consumer, 2 * kWarpgroup);
       wgmma_wait<1>();
@@ -430,13 +437,13 @@ DEVICE void consume(const AttnPrefillParams& p, PrefillShared<kHeadDim, kFp8>& s
       wgmma_wait<0>();
       release(&shared.v_empty[v_ring.stage]);
       advance(v_ring);
-      pack(s, probabilities);
+      pack<kFp8>(s, probabilities);
       UNROLL for (int i = 0; i < kHeadDim / 2; i++) o[i] *= rescale[i / 2 % 2];
     }
 
     mbarrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
     wgmma_fence();
-    issue_output<kHeadDim>(o, probabilities, v0 + v_ring.stage * (Shared::kTileBytes / 16));
+    issue_output<kHeadDim, kFp8>(o, probabilities, v0 + v_ring.stage * (Shared::kTileBytes / 16));
     wgmma_commit();
     wgmma_wait<0>();
     release(&shared.v_empty[v_ring.stage]);

@@ -242,7 +242,7 @@ typedef struct Rope {
   const int32_t* row_position;   // [rows], -1: padding, nothing is appended
   const int32_t* row_slot;       // [rows]
   const int32_t* block_table;    // [MAX_SLOTS][max_pages] page ids
-  uint16_t* q;                   // [rows][q_heads][head_dim] out
+  uint16_t* q;                   // [rows][q_heads][head_dim] out; bf16, or f16 where pages are e4m3
   uint8_t* k_pages;              // [pages][kv_heads][PAGE_TOKENS][head_dim], bf16 or e4m3
   uint8_t* v_pages;              // the same
   float k_quantise, v_quantise;  // what K and V are multiplied with for pages of e4m3, 1 / scale; 0: pages of bf16
@@ -305,7 +305,8 @@ typedef struct __attribute__((aligned(64))) AttnPrefillParams {
       k_map;  // k_pages as 4-D (head_dim, PAGE_TOKENS, kv_heads, pages), box 64 x 64 x 1 x 1, swizzle 128; fp8: pairs
               // (head_dim / 2, ..), box head_dim / 2 x 64 x 1 x 1, swizzled by its width
   TensorMap v_map;  // the same for v_pages
-  TensorMap q_map;  // q as 4-D (head_dim, group, kv_heads, rows), box 64 x group x 1 x (ROWS / group), swizzle 128
+  TensorMap
+      q_map;  // q (f16 for fp8) as 4-D (head_dim, group, kv_heads, rows), box 64 x group x 1 x (ROWS / group), swizzle 128
   const PrefillTile* tiles;    // [tile_count], longest first; at most ATTN_PREFILL_ROWS_* / group tokens each
   const int32_t* tile_count;   // [1]
   const int32_t* block_table;  // [MAX_SLOTS][max_pages]
@@ -330,7 +331,7 @@ typedef struct Prefetch {
 typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   TensorMap k_map;  // as above
   TensorMap v_map;
-  const uint16_t* q;            // [rows][q_heads][head_dim]
+  const uint16_t* q;            // [rows][q_heads][head_dim], bf16; f16 for fp8
   const int32_t* row_position;  // [rows], -1: padding, output zero
   const int32_t* row_slot;      // [rows]
   const int32_t* block_table;   // [MAX_SLOTS][max_pages]

@@ -9,11 +9,11 @@
 
 // A head of a token on its way out: `out` [head_dim], null where there is nothing to be written.
 struct RopeTarget {
-  uint8_t* out;    // bf16, or e4m3 where
-  float quantise;  // is not 0: what each element is multiplied with
+  uint8_t* out;    // bf16; with fp8 pages f16 (q) or e4m3 (k and v)
+  float quantise;  // 0: bf16; else what k and v are multiplied with
   int position;    // -1: padding, whose q is zeros
   bool rotates;    // q and k of a real token
-  bool is_v;
+  bool is_q, is_v;
 };
 
 // `head`: q heads first, then k, then v.
@@ -21,27 +21,37 @@ DEVICE RopeTarget rope_target(const Rope& p, int row, int head) {
   const int position = p.row_position[row];
   if (head < p.q_heads) {
     uint16_t* q = p.q + ((int64_t)row * p.q_heads + head) * p.head_dim;
-    return {(uint8_t*)q, 0.f, position, position >= 0, false};
+    return {(uint8_t*)q, p.k_quantise, position, position >= 0, true, false};
   }
-  if (position < 0) return {nullptr, 0.f, position, false, false};
+  if (position < 0) return {nullptr, 0.f, position, false, false, false};
   const bool is_v = head >= p.q_heads + p.kv_heads;
   const int page = p.block_table[(int64_t)p.row_slot[row] * p.max_pages + position / PAGE_TOKENS];
   const int kv_head = head - p.q_heads - (is_v ? p.kv_heads : 0);
   const int64_t offset = (((int64_t)page * p.kv_heads + kv_head) * PAGE_TOKENS + position % PAGE_TOKENS) * p.head_dim;
   const float quantise = is_v ? p.v_quantise : p.k_quantise;
-  return {(is_v ? p.v_pages : p.k_pages) + (quantise ? offset : 2 * offset), quantise, position, !is_v, is_v};
+  return {(is_v ? p.v_pages : p.k_pages) + (quantise ? offset : 2 * offset), quantise, position, !is_v, false, is_v};
 }
 
 // Rounded once, to what the target is made of.
 DEVICE void store_element(const RopeTarget& to, int i, float x) {
-  if (to.quantise)
-    to.out[i] = (uint8_t)pack_e4m3x2(x * to.quantise, 0.f);
+  uint16_t* out = (uint16_t*)to.out;
+  if (!to.quantise)
+    out[i] = float_to_bf16(x);
+  else if (to.is_q)
+    out[i] = (uint16_t)pack_f16x2(x, 0.f);
   else
-    ((uint16_t*)to.out)[i] = float_to_bf16(x);
+    to.out[i] = (uint8_t)pack_e4m3x2(x * to.quantise, 0.f);
 }
 
 DEVICE void store_eight(const RopeTarget& to, int i, const float (&x)[8]) {
-  if (to.quantise) {
+  uint16_t* out = (uint16_t*)to.out;
+  if (!to.quantise) {
+    store8(out + i, pack8(x));
+  } else if (to.is_q) {
+    uint32_t v[4];
+    UNROLL for (int j = 0; j < 4; j++) v[j] = pack_f16x2(x[2 * j], x[2 * j + 1]);
+    store_16(out + i, v);
+  } else {
     uint32_t v[2];
     UNROLL for (int j = 0; j < 2; j++) {
       const float* four = x + 4 * j;
@@ -49,8 +59,6 @@ DEVICE void store_eight(const RopeTarget& to, int i, const float (&x)[8]) {
              (uint32_t)pack_e4m3x2(four[2] * to.quantise, four[3] * to.quantise) << 16;
     }
     store_8(to.out + i, v);
-  } else {
-    store8((uint16_t*)to.out + i, pack8(x));
   }
 }
 

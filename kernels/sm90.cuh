@@ -90,17 +90,6 @@ DEVICE uint32_t pack_f16x2(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-// cvt.f32.f16 (PTX 9.7.9.22), of either half.
-DEVICE float f16_low(uint32_t pair) {
-  float y;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(y) : "r"(pair));
-  return y;
-}
-DEVICE float f16_high(uint32_t pair) {
-  float y;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(y) : "r"(pair));
-  return y;
-}
 // cvt.rn.satfinite.e4m3x2 (PTX 9.7.9.22): two floats to two e4m3, `low` in the lower byte; nearest, ties to even; what lies
 // beyond 448 becomes 448.
 DEVICE uint16_t pack_e4m3x2(float low, float high) {
@@ -526,6 +515,11 @@ template <int N, int kMajorMNofA = 0, int kMajorMNofB = 0>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 template <int N, int kMajorMNofB = 0>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+// The same of f16.
+template <int N>
+DEVICE void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
+template <int N, int kMajorMNofB = 0>
+DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 // Operand lists: WGMMA_R<n> names the first n registers, WGMMA_D<n>(d) binds them.
 #define WGMMA_R4 "%0, %1, %2, %3"
@@ -572,62 +566,73 @@ DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
       "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), \
       "+f"(d[127])
 
-// SS and RS of one N; R = N/2 registers, and the numbers of the operands behind them.
-#define WGMMA(N, R, o0, o1, o2, o3, o4, o5, o6)                                                                 \
+// SS and RS of one N and type; R = N/2 registers, and the numbers of the operands behind them.
+#define WGMMA(N, TYPE, R, o0, o1, o2, o3, o4, o5, o6)                                                           \
   template <int kMajorMNofA, int kMajorMNofB>                                                                   \
-  DEVICE void wgmma_ss_##N(float(&d)[R], uint64_t a, uint64_t b, bool accumulate) {                             \
+  DEVICE void wgmma_ss_##N##_##TYPE(float(&d)[R], uint64_t a, uint64_t b, bool accumulate) {                    \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o2                                                         \
                  ", 0;\n"                                                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_R##R                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" WGMMA_R##R              \
                  "}, %" #o0 ", %" #o1 ", p, 1, 1, %" #o3 ", %" #o4 "; }"                                        \
                  : WGMMA_D##R(d)                                                                                \
                  : "l"(a), "l"(b), "r"((int)accumulate), "n"(kMajorMNofA), "n"(kMajorMNofB));                   \
   }                                                                                                             \
   template <int kMajorMNofB>                                                                                    \
-  DEVICE void wgmma_rs_##N(float(&d)[R], const uint32_t(&a)[4], uint64_t b, bool accumulate) {                  \
+  DEVICE void wgmma_rs_##N##_##TYPE(float(&d)[R], const uint32_t(&a)[4], uint64_t b, bool accumulate) {         \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o5                                                         \
                  ", 0;\n"                                                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_R##R                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" WGMMA_R##R              \
                  "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, %" #o6 "; }"                  \
                  : WGMMA_D##R(d)                                                                                \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(kMajorMNofB)); \
   }
 
-WGMMA(8, 4, 4, 5, 6, 7, 8, 9, 10)
-WGMMA(16, 8, 8, 9, 10, 11, 12, 13, 14)
-WGMMA(24, 12, 12, 13, 14, 15, 16, 17, 18)
-WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
-WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
-WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
-WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
-WGMMA(160, 80, 80, 81, 82, 83, 84, 85, 86)
-WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102)
-WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
+WGMMA(8, bf16, 4, 4, 5, 6, 7, 8, 9, 10)
+WGMMA(16, bf16, 8, 8, 9, 10, 11, 12, 13, 14)
+WGMMA(24, bf16, 12, 12, 13, 14, 15, 16, 17, 18)
+WGMMA(32, bf16, 16, 16, 17, 18, 19, 20, 21, 22)
+WGMMA(64, bf16, 32, 32, 33, 34, 35, 36, 37, 38)
+WGMMA(96, bf16, 48, 48, 49, 50, 51, 52, 53, 54)
+WGMMA(128, bf16, 64, 64, 65, 66, 67, 68, 69, 70)
+WGMMA(160, bf16, 80, 80, 81, 82, 83, 84, 85, 86)
+WGMMA(192, bf16, 96, 96, 97, 98, 99, 100, 101, 102)
+WGMMA(256, bf16, 128, 128, 129, 130, 131, 132, 133, 134)
+WGMMA(64, f16, 32, 32, 33, 34, 35, 36, 37, 38)
+WGMMA(128, f16, 64, 64, 65, 66, 67, 68, 69, 70)
 
 template <int N, int kMajorMNofA, int kMajorMNofB>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (N == 8) wgmma_ss_8<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 16) wgmma_ss_16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 24) wgmma_ss_24<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 32) wgmma_ss_32<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 64) wgmma_ss_64<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 96) wgmma_ss_96<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 128) wgmma_ss_128<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 160) wgmma_ss_160<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 192) wgmma_ss_192<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 256) wgmma_ss_256<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 8) wgmma_ss_8_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 16) wgmma_ss_16_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 24) wgmma_ss_24_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 32) wgmma_ss_32_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 64) wgmma_ss_64_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 96) wgmma_ss_96_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 128) wgmma_ss_128_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 160) wgmma_ss_160_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 192) wgmma_ss_192_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 256) wgmma_ss_256_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
 }
 template <int N, int kMajorMNofB>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  if constexpr (N == 8) wgmma_rs_8<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 16) wgmma_rs_16<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 24) wgmma_rs_24<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 32) wgmma_rs_32<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 64) wgmma_rs_64<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 96) wgmma_rs_96<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 128) wgmma_rs_128<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 160) wgmma_rs_160<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 192) wgmma_rs_192<kMajorMNofB>(d, a, b, accumulate);
-  if constexpr (N == 256) wgmma_rs_256<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 8) wgmma_rs_8_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 16) wgmma_rs_16_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 24) wgmma_rs_24_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 32) wgmma_rs_32_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 64) wgmma_rs_64_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 96) wgmma_rs_96_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 128) wgmma_rs_128_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 160) wgmma_rs_160_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 192) wgmma_rs_192_bf16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 256) wgmma_rs_256_bf16<kMajorMNofB>(d, a, b, accumulate);
+}
+template <int N>
+DEVICE void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (N == 128) wgmma_ss_128_f16<0, 0>(d, a, b, accumulate);
+}
+template <int N, int kMajorMNofB>
+DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  if constexpr (N == 64) wgmma_rs_64_f16<kMajorMNofB>(d, a, b, accumulate);
+  if constexpr (N == 128) wgmma_rs_128_f16<kMajorMNofB>(d, a, b, accumulate);
 }
 #endif  // __CUDACC__

@@ -66,7 +66,8 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 // a_registers: null for A from shared memory.
-void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, bool a_mn, bool b_mn, bool accumulate);
+void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, bool a_mn, bool b_mn, bool accumulate,
+           bool f16);
 
 }  // namespace simt
 
@@ -138,8 +139,6 @@ static inline float e4m3_to_float(uint8_t x) {
 DEVICE uint32_t pack_f16x2(float low, float high) {
   return simt::float_to_f16(low) | (uint32_t)simt::float_to_f16(high) << 16;
 }
-DEVICE float f16_low(uint32_t pair) { return simt::f16_to_float(pair); }
-DEVICE float f16_high(uint32_t pair) { return simt::f16_to_float(pair >> 16); }
 DEVICE uint16_t pack_e4m3x2(float low, float high) { return simt::float_to_e4m3(low) | simt::float_to_e4m3(high) << 8; }
 DEVICE uint32_t e4m3x2_to_f16x2(uint16_t pair) {
   return pack_f16x2(simt::e4m3_to_float(pair), simt::e4m3_to_float(pair >> 8));
@@ -333,11 +332,19 @@ DEVICE void wgmma_wait() {
 }
 template <int N, int kMajorMNofA = 0, int kMajorMNofB = 0>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  simt::wgmma(d, N, a, nullptr, b, kMajorMNofA, kMajorMNofB, accumulate);
+  simt::wgmma(d, N, a, nullptr, b, kMajorMNofA, kMajorMNofB, accumulate, false);
 }
 template <int N, int kMajorMNofB = 0>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate);
+  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate, false);
+}
+template <int N>
+DEVICE void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  simt::wgmma(d, N, a, nullptr, b, false, false, accumulate, true);
+}
+template <int N, int kMajorMNofB = 0>
+DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate, true);
 }
 
 #undef SIMT_LINE

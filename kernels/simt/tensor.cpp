@@ -263,6 +263,7 @@ static void check_operand(const Wgmma& op, const Operand& o, int rows, const cha
 }
 
 // The operand as floats: [rows][16], or transposed [16][rows].
+template <float (*to_float)(uint16_t)>
 static void fetch(const Operand& o, int rows, bool transposed, float* out) {
   const int along = transposed ? 1 : 16, across = transposed ? rows : 1;
   each_chunk(o, rows, [&](int i, int k, uint32_t at) {
@@ -272,6 +273,7 @@ static void fetch(const Operand& o, int rows, bool transposed, float* out) {
   });
 }
 
+template <float (*to_float)(uint16_t)>
 static void execute(Wgmma& op, const uint8_t* window) {
   alignas(64) float a[64 * 16];
   alignas(64) float b[16 * 256];
@@ -285,9 +287,9 @@ static void execute(Wgmma& op, const uint8_t* window) {
       }
     }
   } else {
-    fetch(Operand(op.a, op.a_mn, window), 64, false, a);
+    fetch<to_float>(Operand(op.a, op.a_mn, window), 64, false, a);
   }
-  fetch(Operand(op.b, op.b_mn, window), op.n, true, b);
+  fetch<to_float>(Operand(op.b, op.b_mn, window), op.n, true, b);
   multiply(op.accumulator->tile.data(), a, b, 64, op.n);
   op.executed = true;
 }
@@ -311,8 +313,8 @@ static void copy_fragment(Accumulator& acc, int t, float* d, bool out) {
 
 void wgmma_fence() { current->registers_touched = false; }
 
-void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, bool a_mn, bool b_mn,
-           bool accumulate) {
+void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, bool a_mn, bool b_mn, bool accumulate,
+           bool f16) {
   Fiber* f = current;
   Block* block = f->block;
   const int t = f->lane.thread % 128;
@@ -327,7 +329,7 @@ void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
     op->clock = number + 1;
     op->n = n, op->a = a, op->b = b;
     op->a_in_registers = a_registers != nullptr;
-    op->a_mn = a_mn, op->b_mn = b_mn, op->accumulate = accumulate;
+    op->a_mn = a_mn, op->b_mn = b_mn, op->accumulate = accumulate, op->f16 = f16;
     for (auto& acc : group.accumulators)
       if (acc->registers[t] == d && acc->users > 0) op->accumulator = acc;
     if (op->accumulator && op->accumulator->n != n) fail("wgmma: accumulators in flight are used with another N");
@@ -342,8 +344,8 @@ void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
   }
   Wgmma& op = *group.ops[number - group.first];
   if (op.n != n || op.a != a || op.b != b || op.a_in_registers != (a_registers != nullptr) ||
-      op.accumulate != accumulate)
-    fail("wgmma: the threads of a warpgroup disagree about the instruction (shape, descriptors or accumulate)");
+      op.accumulate != accumulate || op.f16 != f16)
+    fail("wgmma: the threads of a warpgroup disagree about the instruction (shape, type, descriptors or accumulate)");
   Accumulator& acc = *op.accumulator;
   if (acc.registers[t] != d) {
     if (acc.registers[t]) fail("wgmma: the threads of a warpgroup disagree about the accumulator");
@@ -405,7 +407,10 @@ void wgmma_wait(int pending) {
         fail("wgmma: its operands in shared memory changed while it was in flight (written before wgmma_wait)");
     }
     if (!op.accumulate) std::fill(op.accumulator->tile.begin(), op.accumulator->tile.end(), 0.f);
-    execute(op, block->shared);
+    if (op.f16)
+      execute<f16_to_float>(op, block->shared);
+    else
+      execute<to_float>(op, block->shared);
   }
   if (worker->checked) {
     see(f, wgmma_component(f, f->lane.thread / 32), upto);
