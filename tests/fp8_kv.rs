@@ -15,7 +15,7 @@ use ponder::config::ModelConfig;
 use ponder::device::{Buffer, Device, Launch};
 use ponder::engine::Engine;
 use ponder::executor::{ExecutorOptions, MemoryPlan};
-use ponder::frontend::Request;
+use ponder::frontend::{Frontend, Request};
 use ponder::kernels::params::PAGE_TOKENS;
 use ponder::kv_cache::KvCache;
 use ponder::model::Model;
@@ -479,24 +479,30 @@ fn ask(engine: &Engine, problem: usize, tokens: u32) -> Request {
     }
 }
 
+/// What the tiny model was made for.
+fn own_text() -> String {
+    let lines = |i: usize| (0..11).map(|t| modulo::problem(i).try_line(t)).collect::<String>();
+    (0..3).map(|i| format!("{}\n{}", modulo::problem(i).question(), lines(i))).collect()
+}
+
+fn perplexity_of(engine: &mut Engine, text: &str) -> f64 {
+    let tokens = engine.frontend.tokenizer.encode(text).unwrap();
+    perplexity::run(engine, &tokens, 256, 192, &mut |_| {}).unwrap().perplexity
+}
+
 /// What fp8 costs the tiny model, of what it was made for and of other text: 2 % of perplexity at the most; and it thinks the same
 /// about 7 of 8 problems or more, through ignored ends of thinking.
 #[test]
 fn perplexity_and_answers_are_nearly_those_of_bf16() {
     let fixtures: Value = serde_json::from_slice(&std::fs::read(format!("{FOLDER}/fixtures.json")).unwrap()).unwrap();
     let other = fixtures["perplexity"]["text"].as_str().unwrap();
-    let lines = |i: usize| (0..11).map(|t| modulo::problem(i).try_line(t)).collect::<String>();
-    let own: String = (0..3).map(|i| format!("{}\n{}", modulo::problem(i).question(), lines(i))).collect();
     let measure = |kv_type| {
         let mut engine = engine(&ExecutorOptions { kv_type, ..Default::default() });
         assert_eq!(engine.memory().kv_type, kv_type);
-        let perplexities = [&own[..], other].map(|text| {
-            let tokens = engine.frontend.tokenizer.encode(text).unwrap();
-            perplexity::run(&mut engine, &tokens, 256, 128, &mut |_| {}).unwrap().perplexity
-        });
+        let perplexities = [&own_text()[..], other].map(|text| perplexity_of(&mut engine, text));
         let budget = BudgetRequest { n_ignore: 1, ..Default::default() };
         let requests: Vec<Request> =
-            (0..8).map(|i| Request { budget: budget.clone(), ..ask(&engine, i, 300) }).collect();
+            (0..8).map(|i| Request { budget: budget.clone(), ..ask(&engine, i, 160) }).collect();
         (perplexities, answer_all(&mut engine, &requests).iter().map(ids).collect::<Vec<_>>())
     };
     let (bf16, fp8) = (measure(KvType::Bf16), measure(KvType::Fp8));
@@ -627,6 +633,28 @@ fn scales_of_the_checkpoint_are_used() {
     let scales = folder.scales().unwrap();
     assert_eq!(scales[..2], [KvScales { k: 0.25, v: 3.5 }, KvScales { k: 1.5, v: 0.1 }]);
     assert!(scales[2..].iter().all(|s| *s == KvScales::default()) && scales.len() > 2);
+}
+
+/// Scales that fit cost nothing, whatever they are; and one that leaves no room for V makes nonsense of the text.
+#[test]
+fn scales_reach_the_pages() {
+    let measure = |name: &str, v: f32| {
+        let names = (0..4).flat_map(|i| ["k", "v"].map(|which| (which, format!("{i}.self_attn.{which}_scale"))));
+        let names: Vec<_> = names.collect();
+        let number = |which: &str| if which == "v" { v } else { 0.3 }.to_le_bytes().to_vec();
+        let scales: Vec<_> = names.iter().map(|(which, name)| (name.as_str(), "F32", vec![], number(which))).collect();
+        let folder = Folder::new(name, &scales);
+        let frontend = Frontend::open(FOLDER.as_ref(), &ThinkingChoice::Auto).unwrap();
+        assert_eq!(frontend.config.num_layers, 4);
+        let checkpoint = Checkpoint::open(&folder.0).unwrap();
+        let mut engine =
+            Engine::new(frontend, (&checkpoint).into(), &modulo::device(), &options(), &mut |_, _| {}).unwrap();
+        perplexity_of(&mut engine, &own_text()[..400])
+    };
+    let (fitting, too_small) = (measure("fitting", 0.07), measure("too-small", 1e-5));
+    let plain = perplexity_of(&mut engine(&ExecutorOptions::default()), &own_text()[..400]);
+    println!("perplexity {plain}, with scales {fitting} and {too_small}");
+    assert!((fitting / plain - 1.0).abs() < 0.02 && too_small > 1.5 * plain, "{plain}, {fitting}, {too_small}");
 }
 
 #[test]
