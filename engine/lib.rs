@@ -21,6 +21,7 @@ pub mod guide;
 pub mod hub;
 pub mod kernels;
 pub mod kv_cache;
+pub mod loader;
 pub mod model;
 pub mod ops;
 pub mod rope;

@@ -21,8 +21,20 @@ const LOGIC: &[&str] = &[
     "tokenizer",
 ];
 /// Devices, kernels, the model: never sees a request.
-const COMPUTE: &[&str] =
-    &["device", "executor", "kernels", "kv_cache", "model", "ops", "scoring", "simulator", "slots", "tiles", "tiling"];
+const COMPUTE: &[&str] = &[
+    "device",
+    "executor",
+    "kernels",
+    "kv_cache",
+    "loader",
+    "model",
+    "ops",
+    "scoring",
+    "simulator",
+    "slots",
+    "tiles",
+    "tiling",
+];
 /// What both may use, and which uses neither: one step's work, and what the model folder says.
 const SHARED: &[&str] = &["batch", "checkpoint", "config", "error", "rope"];
 /// What may use both.
