@@ -83,6 +83,26 @@ pub struct TensorView<'a> {
     pub bytes: &'a [u8],
 }
 
+/// A matrix [n][k] in fp8 (e4m3), in the mapped file, and what its numbers are multiplied with.
+pub struct Fp8View<'a> {
+    name: String,
+    source: &'a Path,
+    /// [n][k].
+    pub bytes: &'a [u8],
+    pub scales: Scales,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scales {
+    /// [n], the same for all rows where the file has one for the tensor.
+    Rows(Vec<f32>),
+    /// [n / 128][k / 128], rounded up.
+    Blocks(Vec<f32>),
+}
+
+/// Rows and columns that share a scale.
+pub const SCALE_BLOCK: usize = 128;
+
 /// A model folder's tensors.
 pub struct Checkpoint {
     /// The file that says which tensors there are.
@@ -108,6 +128,32 @@ impl<'a> TensorView<'a> {
             Dtype::F16 => rounded(&mut bytes.as_chunks().0.iter().map(|&x| f16::from_le_bytes(x).to_f32())),
             Dtype::F32 => rounded(&mut bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x))),
             other => unreachable!("`weights` gives out no {other:?}"),
+        }
+    }
+
+    /// All elements, where fp32 holds them.
+    fn f32(&self) -> Option<Vec<f32>> {
+        Some(match self.dtype {
+            Dtype::Bf16 => self.bytes.as_chunks().0.iter().map(|&x| bf16::from_le_bytes(x).to_f32()).collect(),
+            Dtype::F16 => self.bytes.as_chunks().0.iter().map(|&x| f16::from_le_bytes(x).to_f32()).collect(),
+            Dtype::F32 => self.bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)).collect(),
+            _ => return None,
+        })
+    }
+}
+
+impl<'a> Fp8View<'a> {
+    /// A range of the elements, none of which is NaN. They are looked at here and not when the tensor is opened: by the thread
+    /// that is going to copy them, and when it does.
+    ///
+    /// # Errors
+    /// There is a NaN among them.
+    pub fn piece(&self, range: Range<usize>) -> Result<&'a [u8]> {
+        let bytes = &self.bytes[range];
+        // Without a branch, so that the compiler takes many at a time.
+        match bytes.iter().fold(false, |nan, byte| nan | (byte & 0x7f == 0x7f)) {
+            false => Ok(bytes),
+            true => Err(Error::model(self.source, format!("tensor {:?} has NaN: the file is damaged", self.name))),
         }
     }
 }
@@ -218,16 +264,58 @@ impl Checkpoint {
             _ => &[],
         };
         let tensor = self.tensor(name, shape)?;
-        let scale = match tensor.dtype {
-            Dtype::F32 => f32::from_le_bytes(tensor.bytes.try_into().expect("one number")),
-            Dtype::Bf16 => bf16::from_le_bytes(tensor.bytes.try_into().expect("one number")).to_f32(),
-            Dtype::F16 => f16::from_le_bytes(tensor.bytes.try_into().expect("one number")).to_f32(),
-            other => return Err(bad(format!("is {other:?}: scales in fp32, bf16 and fp16 are supported"))),
+        let Some(scale) = tensor.f32().map(|numbers| numbers[0]) else {
+            return Err(bad(format!("is {:?}: scales in fp32, bf16 and fp16 are supported", tensor.dtype)));
         };
         match scale.is_normal() && scale > 0.0 && scale.recip().is_normal() {
             true => Ok(scale),
             false => Err(bad(format!("is {scale}: a scale is above 0, and finite"))),
         }
+    }
+
+    /// A matrix in fp8 with its scales; None if it is of another type. Of `X.weight` they are in `X.weight_scale`, or in
+    /// `X.weight_scale_inv` as Qwen and DeepSeek call them (numbers to multiply with, whatever that says): one for the tensor, one
+    /// for each row, or one for each block of 128 rows and columns.
+    ///
+    /// # Errors
+    /// No such tensor or one of another shape; e5m2; scales that are missing, there twice, beside a matrix that is not fp8, of
+    /// another shape or type, not above 0 or not finite.
+    pub fn fp8(&self, name: &str, shape: [usize; 2]) -> Result<Option<Fp8View<'_>>> {
+        let bad = |name: &str, problem: String| Err(Error::model(&self.source, format!("tensor {name:?} {problem}")));
+        let tensor = self.tensor(name, &shape)?;
+        let names = ["_scale", "_scale_inv"].map(|suffix| format!("{name}{suffix}"));
+        let found: Vec<&String> = names.iter().filter(|name| self.has(name)).collect();
+        let scale = match (tensor.dtype, found.as_slice()) {
+            (Dtype::F8E5M2, _) => return bad(name, "is F8E5M2: of fp8, e4m3 is supported".into()),
+            (Dtype::F8E4M3, [scale]) => *scale,
+            (Dtype::F8E4M3, []) => return bad(name, format!("is fp8 and has no scale: {:?} is missing", names[0])),
+            (Dtype::F8E4M3, _) => return bad(name, format!("has two scales, {found:?}: remove one of them")),
+            (_, []) => return Ok(None),
+            (other, [scale, ..]) => {
+                return bad(scale, format!("is the scale of {name:?}, which is {other:?} and not fp8"));
+            }
+        };
+        let [n, k] = shape;
+        let blocks = [n.div_ceil(SCALE_BLOCK), k.div_ceil(SCALE_BLOCK)];
+        let stored = self.tensors[scale].1.shape.as_slice();
+        let tensor_of_scales = self.tensor(scale, stored)?;
+        let Some(numbers) = tensor_of_scales.f32() else {
+            let dtype = tensor_of_scales.dtype;
+            return bad(scale, format!("is {dtype:?}: scales in fp32, bf16 and fp16 are supported"));
+        };
+        if let Some(number) = numbers.iter().find(|x| !(x.is_normal() && **x > 0.0)) {
+            return bad(scale, format!("holds {number:e}: scales are above 0, finite, and not subnormal"));
+        }
+        let scales = match stored {
+            [] | [1] | [1, 1] => Scales::Rows(vec![numbers[0]; n]),
+            [rows] | [rows, 1] if *rows == n => Scales::Rows(numbers),
+            stored if stored == blocks => Scales::Blocks(numbers),
+            stored => {
+                let wanted = format!("[], [{n}], [{n}, 1] or, for blocks of {SCALE_BLOCK}, {blocks:?}");
+                return bad(scale, format!("is of shape {stored:?}, where {name:?} asks for {wanted}"));
+            }
+        };
+        Ok(Some(Fp8View { name: name.into(), source: &self.source, bytes: tensor.bytes, scales }))
     }
 
     /// A tensor that can be had in bf16.

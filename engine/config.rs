@@ -2,10 +2,14 @@
 //! past here is a shape that the kernels can run, and a field that changes the result is honoured or refused by its name.
 //! Absent fields mean what they mean to the reference implementation. Knows no weights and no device.
 
+mod quantization;
+
 use crate::rope::{Rope, Scaling};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
+
+pub use quantization::Fp8Scales;
 
 /// Model families that the launch list fits. What differs between them is in [`ModelConfig`], as data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +53,8 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// [layers]: how many tokens, itself included, a token attends to; None: all before it.
     pub windows: Vec<Option<u32>>,
+    /// That there are fp8 weights, and how they are scaled. Which of them: see [`crate::checkpoint::Checkpoint::fp8`].
+    pub quantization: Option<Fp8Scales>,
     /// Any of them ends an answer; from both files, without repeats.
     pub eos_token_ids: Vec<u32>,
     pub defaults: SamplingDefaults,
@@ -153,10 +159,6 @@ impl ModelConfig {
         if fields.bool("mlp_bias")? == Some(true) {
             return fields.bad("mlp_bias", "biases in the MLP are not supported".into());
         }
-        if fields.has("quantization_config") {
-            return fields
-                .bad("quantization_config", "quantised weights are not supported: bf16, fp16 and fp32 are".into());
-        }
         let num_layers = fields.size("num_hidden_layers")?;
         if num_layers > MAX_LAYERS {
             return fields.bad("num_hidden_layers", format!("{num_layers} is more than {MAX_LAYERS}"));
@@ -208,6 +210,7 @@ impl ModelConfig {
             o_bias: attention_bias,
             qk_norm: architecture == Architecture::Qwen3,
             windows: fields.windows(architecture, num_layers)?,
+            quantization: quantization::parse(&fields)?,
             eos_token_ids,
             defaults,
         })

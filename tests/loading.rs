@@ -42,7 +42,7 @@ impl Drop for Folder {
 
 /// The error of something that must fail, which has to mention all of `words`.
 #[track_caller]
-fn refused<T>(result: ponder::Result<T>, words: &[&str]) {
+pub fn refused<T>(result: ponder::Result<T>, words: &[&str]) {
     let Err(e) = result else { panic!("accepted; should be refused with {words:?}") };
     let message = e.to_string();
     for word in words {
@@ -172,7 +172,7 @@ fn bad_configs_are_refused() {
         ("layer_types", json!(vec!["sliding_attention"; 4]), &["layer_types", "sliding_window"]),
         ("layer_types", json!(vec!["linear_attention"; 4]), &["layer_types", "linear_attention"]),
         ("mlp_bias", json!(true), &["mlp_bias"]),
-        ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config"]),
+        ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config.quant_method", "gptq"]),
         ("partial_rotary_factor", json!(0.5), &["partial_rotary_factor"]),
         ("rms_norm_eps", json!("tiny"), &["rms_norm_eps"]),
         ("rope_parameters", json!({"rope_type": "longrope", "rope_theta": 1e4}), &["rope_parameters", "longrope"]),

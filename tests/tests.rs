@@ -12,6 +12,7 @@ mod decode_loop;
 mod devices;
 mod engine;
 mod families;
+mod fp8_checkpoints;
 mod fp8_kv;
 mod guide;
 mod harnesses;
