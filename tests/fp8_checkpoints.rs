@@ -1,4 +1,5 @@
-//! Checkpoints of fp8 weights: what config.json may say of them, and matrices with their scales in every shape and spelling.
+//! Checkpoints of fp8 weights: what config.json may say of them, matrices with their scales in every shape and spelling, and the
+//! tiny models of models/golden/fp8.py.
 
 use crate::loading::refused;
 use half::{bf16, f16};
@@ -270,4 +271,39 @@ fn matrices_of_other_types() {
     }
     let fp8 = tensors("F8_E4M3").f32("x.weight_scale", &[], &[1.0]).open();
     refused(fp8.weights("x.weight", &shape).map(|_| ()), &["\"x.weight\"", "F8E4M3", "bf16"]);
+}
+
+// ---- models ----
+
+#[test]
+fn tiny_models_have_their_matrices() {
+    let golden = Path::new("models/golden");
+    for (name, quantization, shapes) in [
+        ("fp8-tensor", Fp8Scales::PerTensor, [256, 128, 128]),
+        ("fp8-channel", Fp8Scales::PerChannel, [192, 192, 192]),
+        ("fp8-block", Fp8Scales::PerBlock, [2, 2, 2]),
+        ("fp8-block-ragged", Fp8Scales::PerBlock, [4, 4, 6]),
+    ] {
+        let model: Value =
+            serde_json::from_slice(&std::fs::read(golden.join(format!("{name}.json"))).unwrap()).unwrap();
+        let path = Path::new("config.json");
+        let c = ModelConfig::parse(model["config"].to_string().as_bytes(), path, None, path).unwrap();
+        assert_eq!(c.quantization, Some(quantization), "{name}");
+        let tensors = Tensors::new(name);
+        std::fs::copy(golden.join(format!("{name}.safetensors")), tensors.folder.join("model.safetensors")).unwrap();
+        let checkpoint = Checkpoint::open(&tensors.folder).unwrap();
+        let (h, q) = (c.hidden_size, c.num_heads * c.head_dim);
+        let matrices =
+            [("self_attn.q_proj", [q, h]), ("self_attn.o_proj", [h, q]), ("mlp.down_proj", [h, c.intermediate_size])];
+        for ((matrix, shape), count) in matrices.into_iter().zip(shapes) {
+            let view = checkpoint.fp8(&format!("model.layers.0.{matrix}.weight"), shape).unwrap().expect("fp8");
+            assert!(view.piece(0..shape[0] * shape[1]).is_ok());
+            let (Scales::Rows(scales) | Scales::Blocks(scales)) = &view.scales;
+            assert_eq!(scales.len(), count, "{name}, {matrix}");
+            assert_eq!(matches!(view.scales, Scales::Blocks(_)), quantization == Fp8Scales::PerBlock, "{name}");
+        }
+        let down = checkpoint.fp8("model.layers.1.mlp.down_proj.weight", [h, c.intermediate_size]).unwrap();
+        assert_eq!(down.is_none(), name == "fp8-block-ragged", "{name}: one MLP was left in bf16");
+        assert!(checkpoint.fp8("lm_head.weight", [c.vocab_size, h]).unwrap().is_none());
+    }
 }

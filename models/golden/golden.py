@@ -108,7 +108,7 @@ MODELS = {
 CLASSES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
 
 
-def make_weights(seed, layers, heads, kv_heads, head_dim, bias, norm):
+def make_weights(seed, layers, heads, kv_heads, head_dim, bias, norm, hidden=HIDDEN, inner=INNER, embedding=0.2):
     """Tensors by their names."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -120,39 +120,37 @@ def make_weights(seed, layers, heads, kv_heads, head_dim, bias, norm):
         return random(rows, columns, deviation=columns**-0.5)
 
     tensors = {
-        "model.embed_tokens.weight": random(VOCAB, HIDDEN, deviation=0.2),
-        "model.norm.weight": random(HIDDEN, mean=1.7, deviation=0.2),
-        "lm_head.weight": random(VOCAB, HIDDEN, deviation=0.2),
+        "model.embed_tokens.weight": random(VOCAB, hidden, deviation=embedding),
+        "model.norm.weight": random(hidden, mean=1.7, deviation=0.2),
+        "lm_head.weight": random(VOCAB, hidden, deviation=0.2),
     }
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     for i in range(layers):
         name = f"model.layers.{i}."
         for which, n in rows.items():
-            tensors[f"{name}self_attn.{which}_proj.weight"] = matrix(n, HIDDEN)
-        tensors[f"{name}self_attn.o_proj.weight"] = matrix(HIDDEN, rows["q"])
+            tensors[f"{name}self_attn.{which}_proj.weight"] = matrix(n, hidden)
+        tensors[f"{name}self_attn.o_proj.weight"] = matrix(hidden, rows["q"])
         for which in bias:
-            n = rows.get(which, HIDDEN)
+            n = rows.get(which, hidden)
             tensors[f"{name}self_attn.{which}_proj.bias"] = random(n, deviation=0.3)
         if norm:
             for which in "qk":
                 tensors[f"{name}self_attn.{which}_norm.weight"] = random(head_dim, mean=1.0, deviation=0.3)
         for which in ("gate", "up"):
-            tensors[f"{name}mlp.{which}_proj.weight"] = matrix(INNER, HIDDEN)
-        tensors[f"{name}mlp.down_proj.weight"] = matrix(HIDDEN, INNER)
-        tensors[f"{name}input_layernorm.weight"] = random(HIDDEN, mean=1.0, deviation=0.2)
-        tensors[f"{name}post_attention_layernorm.weight"] = random(HIDDEN, mean=1.0, deviation=0.2)
+            tensors[f"{name}mlp.{which}_proj.weight"] = matrix(inner, hidden)
+        tensors[f"{name}mlp.down_proj.weight"] = matrix(hidden, inner)
+        tensors[f"{name}input_layernorm.weight"] = random(hidden, mean=1.0, deviation=0.2)
+        tensors[f"{name}post_attention_layernorm.weight"] = random(hidden, mean=1.0, deviation=0.2)
     return tensors
 
 
-def make_config(weights, changes):
+def make_config(family, sizes, changes):
     """config.json; null removes a field where the family has no null."""
-    sizes = WEIGHTS[weights]
-    family = changes.get("model_type", weights)
     config = {
         "architectures": [CLASSES[family] + "ForCausalLM"],
         "model_type": family,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "hidden_size": sizes.get("hidden", HIDDEN),
+        "intermediate_size": sizes.get("inner", INNER),
         "num_hidden_layers": sizes["layers"],
         "num_attention_heads": sizes["heads"],
         "num_key_value_heads": sizes["kv_heads"],
@@ -174,14 +172,14 @@ def make_config(weights, changes):
     return config
 
 
-def make_model(config, tensors):
+def make_model(config, tensors, dtype=torch.float32):
     """The model, with those of the weights that it wants."""
     model_config = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
     model = transformers.AutoModelForCausalLM.from_config(
-        model_config, dtype=torch.float32, attn_implementation="eager"
+        model_config, dtype=dtype, attn_implementation="eager"
     ).eval()
     wanted = set(model.state_dict())
-    found = {name: x.float() for name, x in tensors.items() if name in wanted}
+    found = {name: x.to(dtype) for name, x in tensors.items() if name in wanted}
     if config["tie_word_embeddings"]:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     assert wanted == set(found), wanted ^ set(found)
@@ -190,27 +188,32 @@ def make_model(config, tensors):
 
 
 @torch.inference_mode()
-def answer(model, ids):
-    """Greedy tokens with their margins, and the logits that the first and the last of them are taken from. No cache, so that
-    nothing depends on how often the model was called."""
+def last_logits(model, ids):
+    """No cache, so that nothing depends on how often the model was called."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+def answer(logits_of, ids, count, least):
+    """Greedy tokens with their margins, and the logits that the first and the last of them are taken from; None where one leads by
+    less than `least`."""
     tokens, margins, first = [], [], None
-    while len(tokens) < GREEDY_TOKENS:
-        logits = model(input_ids=torch.tensor([ids + tokens]), use_cache=False).logits[0, -1]
+    while len(tokens) < count:
+        logits = logits_of(ids + tokens)
         first = logits if first is None else first
         best = torch.topk(logits, 2)
         margin = (best.values[0] - best.values[1]).item()
-        if margin < MARGIN:
+        if margin < least:
             return None
         tokens.append(best.indices[0].item())
         margins.append(margin)
     return tokens, margins, first, logits
 
 
-def make_case(model, length, seed):
+def make_case(logits_of, length, seed, count=GREEDY_TOKENS, least=MARGIN):
     generator = torch.Generator().manual_seed(seed)
     while True:
         ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
-        result = answer(model, ids)
+        result = answer(logits_of, ids, count, least)
         if result:
             break
     rounded = lambda numbers: [round(x, 3) for x in numbers]
@@ -234,9 +237,9 @@ def main():
         safetensors.torch.save_file(tensors, HERE / f"{name}.safetensors", metadata={"format": "pt"})
     for name in names:
         of, changes = MODELS[name]
-        config = make_config(of, changes)
+        config = make_config(changes.get("model_type", of), WEIGHTS[of], changes)
         model = make_model(config, weights[of])
-        cases = [make_case(model, length, seed) for seed, length in enumerate(PROMPT_TOKENS)]
+        cases = [make_case(lambda ids: last_logits(model, ids), length, seed) for seed, length in enumerate(PROMPT_TOKENS)]
         text = json.dumps({"weights": of, "config": config, "cases": cases})
         (HERE / f"{name}.json").write_text(text + "\n")
         print(name, [min(case["margins"]) for case in cases], flush=True)
