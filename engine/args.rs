@@ -6,6 +6,7 @@ use crate::budget::BudgetRequest;
 use crate::frontend::Request;
 use crate::hub;
 use crate::sampling::SamplingRequest;
+use crate::steering::{SteeringRequest, Technique};
 use crate::thinking::ThinkingChoice;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -383,7 +384,7 @@ pub struct ScalingArgs {
         value_enum,
         value_name = "KINDS",
         value_delimiter = ',',
-        default_value = "maximum,ignore,string,token,step,class,rejection,parallel"
+        default_value = "maximum,ignore,string,technique,token,step,class,rejection,parallel"
     )]
     pub sweeps: Vec<SweepKind>,
     /// Maxima of sweep `maximum`, and limits of the baselines.
@@ -401,6 +402,17 @@ pub struct ScalingArgs {
     /// Ends ignored in sweep `string`.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub ignored_by_string: u32,
+    /// What sweep `technique` tries, beside exact lengths. Repeatable; parameters as in requests (thinking_steering).
+    #[arg(long = "technique", value_name = "NAME=JSON", default_values = [
+        r#"NoWait={"avoid_words": ["default"]}"#,
+        r#"TIP={"switch_penalty": 3}"#,
+        r#"end bias={"end_bias": 2}"#,
+        r#"ramped end bias={"end_bias_ramp": 5}"#,
+        r#"ThinkBrake={"brake_margin": 1}"#,
+        r#"confidence={"stop_confidence": 0.95}"#,
+        r#"loop break={"loop_repeats": 4}"#,
+    ])]
+    pub techniques: Vec<Technique>,
     /// Draws of each problem in sweeps `rejection` and `parallel`.
     #[arg(long, value_name = "K", default_value_t = 16)]
     pub samples: u32,
@@ -427,6 +439,8 @@ pub enum SweepKind {
     Ignore,
     /// What replaces an ignored end.
     String,
+    /// Steering: one technique after the other, without a maximum; and exact lengths.
+    Technique,
     /// Baseline: the prompt names a number of tokens; without and with budget forcing.
     Token,
     /// Baseline: the prompt names a number of steps; without and with budget forcing.
@@ -664,13 +678,15 @@ pub struct RequestArgs {
     #[command(flatten)]
     pub budget: BudgetArgs,
     #[command(flatten)]
+    pub steering: SteeringArgs,
+    #[command(flatten)]
     pub sampling: SamplingArgs,
 }
 
 impl RequestArgs {
     /// Everything but the prompt.
     pub fn request(&self) -> Request {
-        let RequestArgs { max_tokens, stop, budget, sampling } = self;
+        let RequestArgs { max_tokens, stop, budget, steering, sampling } = self;
         Request {
             prompt: Vec::new(),
             max_tokens: *max_tokens,
@@ -693,6 +709,7 @@ impl RequestArgs {
                 min_tokens: sampling.min_tokens,
             },
             budget: BudgetRequest {
+                exact_thinking_tokens: budget.exact_thinking_tokens,
                 max_thinking_tokens: budget.max_thinking_tokens,
                 min_thinking_tokens: budget.min_thinking_tokens,
                 n_ignore: budget.n_ignore,
@@ -701,6 +718,7 @@ impl RequestArgs {
                 accounting: budget.accounting.into(),
                 on_end: budget.on_end.into(),
                 thinking: None,
+                steering: steering.request(),
             },
             ..Request::default()
         }
@@ -716,6 +734,9 @@ pub struct BudgetArgs {
     /// Ignore ends of thinking before that many tokens.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub min_thinking_tokens: u32,
+    /// Minimum and maximum at once.
+    #[arg(long, value_name = "N")]
+    pub exact_thinking_tokens: Option<u32>,
     /// Ignore the first N ends of thinking.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub n_ignore: u32,
@@ -731,6 +752,63 @@ pub struct BudgetArgs {
     /// What happens to an end that is to be ignored.
     #[arg(long, value_enum, value_name = "MODE", default_value = "replace")]
     pub on_end: OnEndKind,
+}
+
+/// An end of thinking that one of these brings about can be ignored like the model's own.
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Steering of thinking")]
+pub struct SteeringArgs {
+    /// NoWait: words that may not be drawn while the model thinks; "default": wait, but, however and 14 more.
+    #[arg(long, value_name = "WORDS", value_delimiter = ',')]
+    pub avoid_words: Vec<String>,
+    /// TIP: what words that begin another thought lose of their logit (the paper's best: 3).
+    #[arg(long, value_name = "LOGIT")]
+    pub switch_penalty: Option<f32>,
+    /// For so many thinking tokens from the last of them [default: 600].
+    #[arg(long, value_name = "N")]
+    pub switch_window: Option<u32>,
+    /// Those words [default: alternatively].
+    #[arg(long, value_name = "WORDS", value_delimiter = ',')]
+    pub switch_words: Vec<String>,
+    /// ThinkBrake: end the thinking after a sentence where the end's log-probability is as close to the best one.
+    #[arg(long, value_name = "LOGPROB")]
+    pub brake_margin: Option<f32>,
+    /// Added to the logit of the end of thinking.
+    #[arg(long, value_name = "LOGIT", allow_negative_numbers = true)]
+    pub end_bias: Option<f32>,
+    /// Added to it for each 1000 thinking tokens.
+    #[arg(long, value_name = "LOGIT", allow_negative_numbers = true)]
+    pub end_bias_ramp: Option<f32>,
+    /// End the thinking after a streak of draws whose most likely token had this probability.
+    #[arg(long, value_name = "P")]
+    pub stop_confidence: Option<f32>,
+    /// How long the streak is [default: 30].
+    #[arg(long, value_name = "N")]
+    pub stop_streak: Option<u32>,
+    /// And not before so many thinking tokens [default: 400].
+    #[arg(long, value_name = "N")]
+    pub stop_after: Option<u32>,
+    /// End the thinking where its last tokens are the same thing so many times in a row.
+    #[arg(long, value_name = "N")]
+    pub loop_repeats: Option<u32>,
+}
+
+impl SteeringArgs {
+    pub fn request(&self) -> SteeringRequest {
+        SteeringRequest {
+            avoid_words: self.avoid_words.clone(),
+            switch_penalty: self.switch_penalty,
+            switch_window: self.switch_window,
+            switch_words: self.switch_words.clone(),
+            brake_margin: self.brake_margin,
+            end_bias: self.end_bias,
+            end_bias_ramp: self.end_bias_ramp,
+            stop_confidence: self.stop_confidence,
+            stop_streak: self.stop_streak,
+            stop_after: self.stop_after,
+            loop_repeats: self.loop_repeats,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

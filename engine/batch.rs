@@ -193,6 +193,43 @@ pub struct BudgetParams {
     pub starts_thinking: bool,
     /// The token before the first generated one ends with a newline.
     pub prompt_ends_with_newline: bool,
+    pub steering: SteeringParams,
+}
+
+/// Techniques that act on the draws within thinking, validated (`steering.rs`).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SteeringParams {
+    /// Tokens that may not be drawn.
+    pub avoid: Vec<u32>,
+    pub switch: Option<SwitchPenalty>,
+    /// After a sentence, thinking ends where the end is as close to the most likely token; natural log.
+    pub brake_margin: Option<f32>,
+    /// Added to the end's logit.
+    pub end_bias: f32,
+    /// And as much for each thinking token.
+    pub end_bias_ramp: f32,
+    pub stop: Option<ConfidenceStop>,
+    /// Thinking ends where its last tokens are the same thing so many times in a row.
+    pub loop_repeats: Option<u32>,
+}
+
+/// Tokens that begin another thought are less likely while one is young.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SwitchPenalty {
+    pub tokens: Vec<u32>,
+    /// Taken from their logits.
+    pub penalty: f32,
+    /// In thinking tokens, from the last of them.
+    pub window: u32,
+}
+
+/// Thinking ends after so many draws in a row whose most likely token had this probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ConfidenceStop {
+    pub confidence: f32,
+    pub streak: u32,
+    /// Not before so many thinking tokens.
+    pub after: u32,
 }
 
 /// Why a sequence ended.
@@ -219,6 +256,8 @@ pub struct TokenEvent {
     /// Part of a delimiter (start, end, close or end string).
     pub delimiter: bool,
     pub max_hit: bool,
+    /// A technique of steering has ended the thinking by now.
+    pub stopped: bool,
     /// The sequence pauses now: its next draw waits for a mask.
     pub awaits_mask: bool,
     pub finish: Option<Finish>,

@@ -2,13 +2,16 @@
 //! refused, where it could not be enforced. The contract is in kernels/budget.cuh. Knows no device.
 
 use crate::batch::{Accounting, BudgetParams, OnEnd};
+use crate::steering::SteeringRequest;
 use crate::thinking::{Delimiters, MAX_STRING, ThinkingChoice};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
 /// As a user gives it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct BudgetRequest {
+    /// Minimum and maximum at once.
+    pub exact_thinking_tokens: Option<u32>,
     pub max_thinking_tokens: Option<u32>,
     pub min_thinking_tokens: u32,
     /// How many ends of thinking are ignored.
@@ -22,6 +25,7 @@ pub struct BudgetRequest {
     pub on_end: OnEnd,
     /// The delimiters of this request. Absent: the model's.
     pub thinking: Option<ThinkingChoice>,
+    pub steering: SteeringRequest,
 }
 
 /// Limits of the sampler kernel (kernels/params.h).
@@ -31,11 +35,13 @@ const MAX_COUNT: u32 = 1 << 30;
 impl BudgetRequest {
     /// Whether it asks for anything.
     pub fn is_empty(&self) -> bool {
-        self.max_thinking_tokens.is_none()
+        self.exact_thinking_tokens.is_none()
+            && self.max_thinking_tokens.is_none()
             && self.min_thinking_tokens == 0
             && self.n_ignore == 0
             && self.ignore_strings.is_none()
             && self.end_string.is_none()
+            && self.steering.given().is_none()
     }
 
     /// What the sampler enforces on a request with this prompt; `None`: the model has no delimiters and none of this was asked
@@ -54,11 +60,13 @@ impl BudgetRequest {
                 return Ok(None);
             }
             let parameter = match self {
+                BudgetRequest { exact_thinking_tokens: Some(_), .. } => "exact_thinking_tokens",
                 BudgetRequest { max_thinking_tokens: Some(_), .. } => "max_thinking_tokens",
                 BudgetRequest { min_thinking_tokens: 1.., .. } => "min_thinking_tokens",
                 BudgetRequest { n_ignore: 1.., .. } => "n_ignore",
                 BudgetRequest { ignore_strings: Some(_), .. } => "ignore_string",
-                _ => "end_string",
+                BudgetRequest { end_string: Some(_), .. } => "end_string",
+                _ => self.steering.given().expect("something is asked for"),
             };
             return Err(Error::request(
                 parameter,
@@ -70,13 +78,26 @@ impl BudgetRequest {
             true => Err(Error::request(name, format!("{n} is more than {MAX_COUNT}"))),
             false => Ok(()),
         };
-        too_large("min_thinking_tokens", self.min_thinking_tokens)?;
+        let (least, most) = match self.exact_thinking_tokens {
+            None => (self.min_thinking_tokens, self.max_thinking_tokens),
+            Some(_) if self.min_thinking_tokens > 0 || self.max_thinking_tokens.is_some() => {
+                let problem = "it is minimum and maximum at once: leave those out";
+                return Err(Error::request("exact_thinking_tokens", problem));
+            }
+            Some(exact) => {
+                too_large("exact_thinking_tokens", exact)?;
+                (exact, Some(exact))
+            }
+        };
+        too_large("min_thinking_tokens", least)?;
         too_large("n_ignore", self.n_ignore)?;
-        if let Some(max) = self.max_thinking_tokens {
+        if let Some(max) = most {
             too_large("max_thinking_tokens", max)?;
-            if max < self.min_thinking_tokens {
-                let min = self.min_thinking_tokens;
-                return Err(Error::request("max_thinking_tokens", format!("{max} is less than the minimum of {min}")));
+            if max < least {
+                return Err(Error::request(
+                    "max_thinking_tokens",
+                    format!("{max} is less than the minimum of {least}"),
+                ));
             }
         }
         let encode = |name: &'static str, text: &str| {
@@ -127,13 +148,14 @@ impl BudgetRequest {
             end_string,
             newline,
             ignore_strings,
-            max_thinking_tokens: self.max_thinking_tokens,
-            min_thinking_tokens: self.min_thinking_tokens,
+            max_thinking_tokens: most,
+            min_thinking_tokens: least,
             n_ignore: self.n_ignore,
             accounting: self.accounting,
             on_end: self.on_end,
             starts_thinking,
             prompt_ends_with_newline: prompt.last().is_some_and(|&id| tokenizer.token_bytes(id).ends_with(b"\n")),
+            steering: self.steering.validate(tokenizer)?,
         }))
     }
 }

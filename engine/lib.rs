@@ -33,6 +33,7 @@ pub mod server;
 pub mod service;
 pub mod simulator;
 pub mod slots;
+pub mod steering;
 pub mod stepper;
 pub mod structured;
 pub mod study;

@@ -269,6 +269,7 @@ impl Seat {
             reasoning: flags & TOKEN_REASONING != 0,
             delimiter: flags & TOKEN_DELIMITER != 0,
             max_hit: flags & TOKEN_MAX_HIT != 0,
+            stopped: false,
             awaits_mask: self.active && !self.runs(),
             finish,
             generated: self.generated,

@@ -2,7 +2,9 @@
 //! Must not know requests or text.
 
 use crate::Result;
-use crate::batch::{Accounting, BudgetParams, Finish, Mask, OnEnd, SamplingParams, SlotSetup, ThinkingEnd, TokenEvent};
+use crate::batch::{
+    Accounting, BudgetParams, Finish, Mask, OnEnd, SamplingParams, SlotSetup, SteeringParams, ThinkingEnd, TokenEvent,
+};
 use crate::device::ring::Ring;
 use crate::device::{Buffer, Device};
 use crate::kernels::params::*;
@@ -22,6 +24,11 @@ pub struct Slots {
     bias_values: Buffer,
     /// [slots][vocab] u16.
     output_counts: Buffer,
+    /// [slots][vocab_words] u32, one bit for each token.
+    avoided: Buffer,
+    switches: Buffer,
+    /// [slots][2][LOOP_PERIODS] i32.
+    loop_history: Buffer,
     /// [vocab] u8.
     traits: Buffer,
     /// [2] u32: steps so far, rows finished in this one.
@@ -32,8 +39,10 @@ pub struct Slots {
 
 /// Device memory of so many slots, bytes.
 pub fn slot_bytes(slots: u32, vocab: usize) -> u64 {
-    let per_slot = size_of::<SlotState>() + POOL_PER_SLOT as usize * 4 + 2 * vocab_words(vocab) * 4;
-    slots as u64 * (per_slot + MAX_LOGIT_BIAS as usize * 8 + vocab * 2) as u64 + vocab as u64 + 8
+    let strings = (POOL_PER_SLOT + 2 * LOOP_PERIODS) as usize * 4;
+    let per_token = 4 * vocab_words(vocab) * 4 + vocab * 2;
+    let per_slot = size_of::<SlotState>() + strings + MAX_LOGIT_BIAS as usize * 8 + per_token;
+    slots as u64 * per_slot as u64 + vocab as u64 + 8
 }
 
 fn vocab_words(vocab: usize) -> usize {
@@ -59,6 +68,9 @@ impl Slots {
             bias_ids: zeroed(slots * MAX_LOGIT_BIAS as usize * 4)?,
             bias_values: zeroed(slots * MAX_LOGIT_BIAS as usize * 4)?,
             output_counts: zeroed(slots * vocab * 2)?,
+            avoided: zeroed(slots * vocab_words(vocab) * 4)?,
+            switches: zeroed(slots * vocab_words(vocab) * 4)?,
+            loop_history: zeroed(slots * 2 * LOOP_PERIODS as usize * 4)?,
             traits: zeroed(vocab)?,
             counters: zeroed(8)?,
             ring: Ring::new(device)?,
@@ -79,6 +91,9 @@ impl Slots {
             bias_values: self.bias_values.pointer(),
             output_counts: self.output_counts.pointer(),
             prompt_seen: self.prompt_seen.pointer(),
+            avoided: self.avoided.pointer(),
+            switches: self.switches.pointer(),
+            loop_history: self.loop_history.pointer(),
             ring: self.ring.pointer(),
             step: self.counters.pointer(),
             ticket: self.counters.pointer_at(4),
@@ -107,6 +122,14 @@ impl Slots {
         if state.flags & SLOT_PENALTIES != 0 {
             self.upload(&self.prompt_seen, slot * vocab_words(self.vocab), &self.bits(&setup.tokens))?;
             self.device.fill(&self.output_counts, slot * self.vocab * 2, self.vocab * 2, 0)?;
+        }
+        if let Some(SteeringParams { avoid, switch, .. }) = setup.budget.as_ref().map(|budget| &budget.steering) {
+            if !avoid.is_empty() {
+                self.upload(&self.avoided, slot * vocab_words(self.vocab), &self.bits(avoid))?;
+            }
+            if let Some(switch) = switch {
+                self.upload(&self.switches, slot * vocab_words(self.vocab), &self.bits(&switch.tokens))?;
+            }
         }
         self.upload(&self.states, slot, &[state])
     }
@@ -258,6 +281,32 @@ fn budget(b: &BudgetParams, pool: &mut Pool) -> Budget {
         mask_end_once: (b.starts_thinking && harness && b.n_ignore > 0) as u32,
         inject_first: -1,
         ends_with_newline: b.prompt_ends_with_newline as u32,
+        steering: steering(&b.steering),
+        ..Default::default()
+    }
+}
+
+fn steering(s: &SteeringParams) -> Steering {
+    let biased = s.end_bias != 0.0 || s.end_bias_ramp != 0.0;
+    let techniques = [
+        (STEER_AVOID, !s.avoid.is_empty()),
+        (STEER_SWITCH, s.switch.is_some()),
+        (STEER_BRAKE, s.brake_margin.is_some()),
+        (STEER_END_BIAS, biased),
+        (STEER_CONFIDENCE, s.stop.is_some()),
+        (STEER_LOOP, s.loop_repeats.is_some()),
+    ];
+    Steering {
+        techniques: techniques.iter().filter(|(_, on)| *on).map(|(bit, _)| bit).sum(),
+        switch_penalty: s.switch.as_ref().map_or(0.0, |switch| switch.penalty),
+        switch_window: s.switch.as_ref().map_or(0, |switch| switch.window as i32),
+        brake_margin: s.brake_margin.unwrap_or(0.0),
+        end_bias: s.end_bias,
+        end_bias_ramp: s.end_bias_ramp,
+        confidence: s.stop.map_or(0.0, |stop| stop.confidence),
+        streak_needed: s.stop.map_or(0, |stop| stop.streak as i32),
+        stop_after: s.stop.map_or(0, |stop| stop.after as i32),
+        loop_repeats: s.loop_repeats.unwrap_or(0) as i32,
         ..Default::default()
     }
 }
@@ -273,6 +322,7 @@ fn event(record: &TokenRecord) -> TokenEvent {
         reasoning: flag(TOKEN_REASONING),
         delimiter: flag(TOKEN_DELIMITER),
         max_hit: flag(TOKEN_MAX_HIT),
+        stopped: flag(TOKEN_STOPPED),
         awaits_mask: flag(TOKEN_AWAITS_MASK),
         finish: match record.finish {
             FINISH_NONE => None,

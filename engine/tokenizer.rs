@@ -4,6 +4,7 @@
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -12,6 +13,8 @@ pub struct Tokenizer {
     special: Vec<bool>,
     /// Their text.
     special_tokens: Vec<String>,
+    /// Made when first asked for.
+    words: OnceLock<HashMap<String, Vec<u32>>>,
 }
 
 /// Strings of bytes, end to end: a step of many sequences looks up as many tokens, all over the vocabulary.
@@ -46,6 +49,7 @@ impl Bytes {
 const CONTINUE_SHIFT: u32 = 2;
 const NEWLINE: u8 = 32;
 const REAL: u8 = 64;
+const SENTENCE: u8 = 128;
 
 impl Tokenizer {
     /// `vocab_size`: rows of the model's embedding table.
@@ -84,7 +88,8 @@ impl Tokenizer {
             };
         }
         let special_tokens = added.values().filter(|token| token.special).map(|token| token.content.clone()).collect();
-        Ok(Tokenizer { inner, bytes: Bytes::new(bytes.iter().map(|b| &**b)), special, special_tokens })
+        let bytes = Bytes::new(bytes.iter().map(|b| &**b));
+        Ok(Tokenizer { inner, bytes, special, special_tokens, words: OnceLock::new() })
     }
 
     /// For benches, whose prompts are ids and whose answers nobody reads: every id is a token that spells a space.
@@ -94,6 +99,7 @@ impl Tokenizer {
             bytes: Bytes::new((0..vocab_size).map(|_| b" ".as_slice())),
             special: vec![false; vocab_size],
             special_tokens: Vec::new(),
+            words: OnceLock::new(),
         }
     }
 
@@ -130,6 +136,21 @@ impl Tokenizer {
         self.special.get(id as usize).copied().unwrap_or(false)
     }
 
+    /// The tokens that are this word, whatever its case and whatever stands around it that is neither letter nor digit: " Wait"
+    /// and "wait," are "wait", "waiter" is not.
+    pub fn word_tokens(&self, word: &str) -> &[u32] {
+        let words = self.words.get_or_init(|| {
+            let mut words: HashMap<String, Vec<u32>> = HashMap::new();
+            for (id, bytes) in self.bytes.iter().enumerate().filter(|&(id, _)| !self.special[id]) {
+                if let Some(word) = std::str::from_utf8(bytes).ok().map(bare_word).filter(|word| !word.is_empty()) {
+                    words.entry(word).or_default().push(id as u32);
+                }
+            }
+            words
+        });
+        words.get(&bare_word(word)).map_or(&[], Vec::as_slice)
+    }
+
     /// Rows of the embedding table, padded ones included.
     pub fn vocab_size(&self) -> usize {
         self.bytes.ends.len()
@@ -150,10 +171,21 @@ impl Tokenizer {
 
     /// What the sampler must know of each id, [vocab_size]: bits 0-1 the UTF-8 bytes still missing after its last character,
     /// bits 2-4 its length if it consists of continuation bytes alone (at most 7), bit 5 whether it ends with a newline,
-    /// bit 6 whether it is a token at all.
+    /// bit 6 whether it is a token at all, bit 7 whether it ends a sentence or a line.
     pub fn traits(&self) -> Vec<u8> {
         self.bytes.iter().map(token_traits).collect()
     }
+}
+
+fn bare_word(text: &str) -> String {
+    text.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase()
+}
+
+/// Behind a full stop or its like may come quotes, brackets and spaces; a line ends a sentence in any case.
+fn ends_sentence(bytes: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(bytes);
+    let said = text.trim_end_matches([' ', '"', '\'', ')', ']', '*', '\u{201d}', '\u{2019}']);
+    said.ends_with(['.', '!', '?', '\n', '\u{3002}', '\u{ff01}', '\u{ff1f}'])
 }
 
 fn token_traits(bytes: &[u8]) -> u8 {
@@ -169,7 +201,9 @@ fn token_traits(bytes: &[u8]) -> u8 {
         Some(0xf0..=0xf7) => 3usize.saturating_sub(tail),
         _ => 0,
     };
-    missing as u8 | continuation << CONTINUE_SHIFT | if bytes.last() == Some(&b'\n') { NEWLINE } else { 0 } | REAL
+    let newline = if bytes.last() == Some(&b'\n') { NEWLINE } else { 0 };
+    let sentence = if ends_sentence(bytes) { SENTENCE } else { 0 };
+    missing as u8 | continuation << CONTINUE_SHIFT | newline | REAL | sentence
 }
 
 fn mentions_byte_level(decoder: &serde_json::Value, depth: usize) -> bool {

@@ -20,6 +20,8 @@ enum {
   MAX_END_TOKENS = 8,    // longest start or end delimiter
   POOL_PER_SLOT = 1024,  // ids of a slot's strings in the pool
   RING_STEPS = 64,       // sampler results that may wait for the host
+  LOOP_PERIODS = 256,    // longest repetition that loop breaking finds, in tokens
+  LOOP_TOKENS = 32,      // and the least that a loop must cover
 
   EMBED_THREADS = 128,
   NORM_THREADS = 128,
@@ -48,7 +50,7 @@ enum {
   ATTN_PREFILL_SHARED_D128_FP8 = 231424,
   ATTN_DECODE_SHARED_D64_FP8 = 84744,
   ATTN_DECODE_SHARED_D128_FP8 = 101000,
-  SAMPLE_SHARED_BASE = 9840,  // and 4 for each logit of a block's slice, a multiple of 4 of them
+  SAMPLE_SHARED_BASE = 9904,  // and 4 for each logit of a block's slice, a multiple of 4 of them
 
   // (query token, head of the group) pairs in a tile of attn_prefill.
   ATTN_PREFILL_ROWS_D64 = 192,
@@ -100,6 +102,36 @@ enum BudgetOnEnd { ON_END_REPLACE = 0, ON_END_MASK = 1 };
 
 #define BUDGET_NO_MAX 0x7fffffff
 
+enum SteeringTechnique {
+  STEER_AVOID = 1,
+  STEER_SWITCH = 2,
+  STEER_BRAKE = 4,
+  STEER_END_BIAS = 8,
+  STEER_CONFIDENCE = 16,
+  STEER_LOOP = 32,
+};
+
+// Techniques that act on the draws within thinking, per slot: first what the request asked for, then the state of steering.cuh.
+typedef struct Steering {
+  uint32_t techniques;    // bits of SteeringTechnique
+  float switch_penalty;   // (switch) taken from the logits of switch tokens
+  int32_t switch_window;  // in this many thinking tokens after one, or after the beginning
+  float brake_margin;     // (brake) natural log
+  float end_bias;         // (end bias) added to the logit of the end's next token
+  float end_bias_ramp;    // and as much for each thinking token
+  float confidence;       // (confidence) probability of the most likely token
+  int32_t streak_needed;  // so many draws in a row
+  int32_t stop_after;     // not before so many thinking tokens
+  int32_t loop_repeats;   // (loop) how often something stands in a row
+
+  int32_t since_switch;      // thinking tokens
+  int32_t streak;            // confident draws in a row
+  uint32_t at_sentence_end;  // the last token is a thinking token that ends a sentence
+  uint32_t looping;          // a loop is complete
+  int32_t history_length;    // thinking tokens that loop_history has seen
+  uint32_t stopped;          // a technique has ended the thinking
+} Steering;
+
 // Budget forcing, per slot: first what the request asked for, then the state of the machine in budget.cuh.
 typedef struct Budget {
   PoolString start;       // completes -> THINKING; length 0: none
@@ -130,6 +162,8 @@ typedef struct Budget {
   uint32_t utf8_missing;   // bytes that the text so far still lacks to end on a whole character
   uint32_t ends_with_newline;
   uint32_t max_hit;
+
+  Steering steering;
 } Budget;
 
 typedef struct SlotState {
@@ -166,8 +200,9 @@ enum TokenTrait {
   TRAIT_MISSING_MASK = 3,    // UTF-8 bytes still missing after the token's last character
   TRAIT_CONTINUE_SHIFT = 2,  // bits 2-4: its bytes, if all are continuation bytes; else 0
   TRAIT_CONTINUE_MASK = 7,
-  TRAIT_NEWLINE = 32,  // its bytes end with a newline
-  TRAIT_REAL = 64,     // not a padded row of the vocabulary
+  TRAIT_NEWLINE = 32,    // its bytes end with a newline
+  TRAIT_REAL = 64,       // not a padded row of the vocabulary
+  TRAIT_SENTENCE = 128,  // its bytes end a sentence or a line
 };
 
 enum TokenFlag {
@@ -177,6 +212,7 @@ enum TokenFlag {
   TOKEN_DELIMITER = 8,     // part of a start, end, close or end string
   TOKEN_MAX_HIT = 16,      // the maximum has been hit by now
   TOKEN_AWAITS_MASK = 32,  // the slot pauses until the mask for its next draw is there
+  TOKEN_STOPPED = 64,      // a technique of steering has ended the thinking by now
 };
 
 // What the sampler tells the host about one row of one step.
@@ -358,9 +394,14 @@ typedef struct SampleParams {
   const float* bias_values;     // [MAX_SLOTS][MAX_LOGIT_BIAS]
   uint16_t* output_counts;      // [MAX_SLOTS][vocab] how often a token was generated
   const uint32_t* prompt_seen;  // [MAX_SLOTS][vocab / 32 rounded up] tokens of the prompt, for the repetition penalty
-  TokenRing* ring;              // mapped host memory
-  uint32_t* step;               // [1] steps so far (the ring's head, on the device)
-  uint32_t* ticket;             // [1] rows finished in this step
+  const uint32_t* avoided;      // [MAX_SLOTS][vocab / 32 rounded up] (steering: avoid)
+  const uint32_t* switches;     // the same (steering: switch)
+  // (steering: loop) [MAX_SLOTS][2][LOOP_PERIODS]: a ring of the last thinking tokens; and for each period how many of them in
+  // a row equal the one a period before.
+  int32_t* loop_history;
+  TokenRing* ring;   // mapped host memory
+  uint32_t* step;    // [1] steps so far (the ring's head, on the device)
+  uint32_t* ticket;  // [1] rows finished in this step
   Prefetch prefetch;
   int32_t rows, vocab;
 } SampleParams;

@@ -17,13 +17,15 @@
 // model. Ties go to the lowest id, found by a descent over ids.
 //
 // What a request does not use is skipped. Forced tokens take part in everything but the draw. Each block runs the budget on a
-// copy of its own, so that no block waits for another's; the leader's copy is the one that is kept.
+// copy of its own, so that no block waits for another's; the leader's copy is the one that is kept. So it is with steering
+// (steering.cuh), which adds a pass over the slice where tokens are avoided or penalised, a sum where confidence counts, and a
+// barrier where the end's logit is looked at.
 //
 // Passes over the slice after the load: greedy 1 (the maximum); with log-probabilities 2, in one reduction; with a temperature
 // one more, and one for each step of a descent. A reduction or a step's exchange is one barrier of the cluster, one of the
 // block, and 8 reads of peers at once. What that should take: benches/predict.py (docs/predictions.md), not yet run on a GPU.
-#include "budget.cuh"
 #include "philox.cuh"
+#include "steering.cuh"
 
 constexpr int kWarps = SAMPLE_THREADS / kWarp;
 constexpr int kParts = 256;
@@ -45,6 +47,8 @@ struct alignas(16) SampleShared {  // the logits come behind it
   uint32_t count[kParts];
   BudgetStep step;
   int token, redraw;
+  int thinks;      // the emitted token is a thinking token
+  uint32_t loops;  // periods at which it completes a loop
   Budget budget;
 };
 
@@ -242,6 +246,31 @@ DEVICE void mask_for_draw(Row& row, const SlotState& slot, const Budget& b, bool
   if (mask_end) mask(row, budget_completing(b, row.p->pool));
   const uint32_t masked = slot.generated < slot.min_generated ? slot.stop_count : mask_eos ? slot.eos_count : 0;
   for (uint32_t i = 0; i < masked; i++) mask(row, slot.stop_ids[i]);
+}
+
+// By one thread, before the masks of the draw; a barrier follows.
+DEVICE void bias_end(Row& row, const Budget& b) {
+  const int at = steering_end_token(b, row.p->pool) - row.first;
+  if (at >= 0 && at < row.size) row.logits[at] += steering_end_bias(b);
+}
+
+// Avoided and penalised tokens: each thread's own logits.
+DEVICE void steer_logits(Row& row, const Steering& s, int slot_id) {
+  const size_t words = ceil_div(row.p->vocab, 32);
+  const bool avoids = s.techniques & STEER_AVOID;
+  const bool penalises = (s.techniques & STEER_SWITCH) && s.since_switch < s.switch_window;
+  const uint32_t* avoided = row.p->avoided + slot_id * words;
+  const uint32_t* switches = row.p->switches + slot_id * words;
+  for (int group = thread_idx(); group < row.groups; group += SAMPLE_THREADS) {
+    Four f = four_of(row, group);
+    UNROLL for (int i = 0; i < 4; i++) {
+      const int id = row.first + 4 * group + i;
+      if (id >= row.first + row.size) break;
+      if (penalises && bit(switches, id)) f.x[i] -= s.switch_penalty;
+      if (avoids && bit(avoided, id)) f.x[i] = f.x[i] == f.x[i] ? -INFINITY : f.x[i];
+    }
+    store_four(row, group, f);
+  }
 }
 
 // ---- candidates: min-p, top-k, top-p ----
@@ -473,6 +502,27 @@ DEVICE bool is_among(const int32_t* ids, uint32_t count, int token) {
   return false;
 }
 
+// By the first block: the emitted token joins the thinking's history.
+DEVICE void find_loop(const SampleParams& p, SampleShared& shared, int slot_id) {
+  int32_t* history = p.loop_history + (size_t)slot_id * 2 * LOOP_PERIODS;
+  int32_t* runs = history + LOOP_PERIODS;
+  Steering& s = shared.budget.steering;
+  const int n = s.history_length, period = thread_idx() + 1;
+  const bool has_period = period <= LOOP_PERIODS;
+  int run = 0;
+  if (has_period && n >= period && history[(n - period) % LOOP_PERIODS] == shared.token) {
+    run = runs[period - 1] + 1;
+    if (run + period >= max_int(s.loop_repeats * period, LOOP_TOKENS)) atomic_add(&shared.loops, 1u);
+  }
+  sync_threads();
+  if (has_period) runs[period - 1] = shared.loops ? 0 : run;
+  if (thread_idx() == 0) {
+    history[n % LOOP_PERIODS] = shared.token;
+    s.history_length = n + 1;
+    s.looping = shared.loops > 0;
+  }
+}
+
 // By one thread: the token's effects on its slot, and its record.
 DEVICE void advance_slot(const SampleParams& p, SlotState& slot, int slot_id, const Budget& budget, int token,
                          uint32_t flags, float logprob, TokenRecord& record) {
@@ -544,7 +594,7 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
   load_logits(row, slot, slot_id);
   sync_threads();
 
-  const bool wants_sum = slot.logprobs >= 0;
+  const bool wants_logprobs = slot.logprobs >= 0;
   Candidate best = {0.f, 0};
   float log_sum = 0.f;
   bool finite = true;
@@ -553,6 +603,7 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
       if (attempt == 0) {
         shared.step = budget_before(shared.budget, p.pool);
         shared.token = shared.step.forced;
+        if (steers(shared.budget, shared.step, STEER_END_BIAS)) bias_end(row, shared.budget);
       }
       shared.redraw = 0;
       if (shared.step.forced < 0)
@@ -560,14 +611,28 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
                       shared.step.mask_eos || attempt > 0);
     }
     sync_threads();
-    best = summarise(row, wants_sum, log_sum);
+    const bool may_stop = attempt == 0 && steering_may_stop(shared.budget, shared.step, ~0u);
+    const bool needs_sum = may_stop && (shared.budget.steering.techniques & STEER_CONFIDENCE);
+    if (attempt == 0 && steers(shared.budget, shared.step, STEER_AVOID | STEER_SWITCH))
+      steer_logits(row, shared.budget.steering, slot_id);
+    best = summarise(row, wants_logprobs || needs_sum, log_sum);
     finite = best.value > -INFINITY && best.value < INFINITY;
     if (!finite || shared.step.forced >= 0) break;
 
+    bool stops = false;  // the first thread's is what counts
+    if (may_stop) {
+      float margin = INFINITY;
+      if ((shared.budget.steering.techniques & STEER_BRAKE) && shared.budget.steering.at_sentence_end) {
+        if (is_first) margin = best.value - logit_of(row, steering_end_token(shared.budget, p.pool));
+        sync_cluster();  // before a block masks the end in its logits
+      }
+      if (is_first) stops = steering_stops(shared.budget, needs_sum ? expf(best.value - log_sum) : 0.f, margin);
+    }
     const int drawn = draw(row, slot, best);
     if (is_first) {
-      const bool is_eos = is_among(slot.stop_ids, slot.eos_count, drawn);
-      const int token = budget_after(shared.budget, p.pool, drawn, is_eos);
+      const bool is_end = stops || is_among(slot.stop_ids, slot.eos_count, drawn);
+      const int token = budget_after(shared.budget, p.pool, drawn, is_end);
+      if (stops) steering_stopped(shared.budget);
       shared.redraw = token == BUDGET_REDRAW && attempt == 0;
       shared.token = token == BUDGET_REDRAW ? drawn : token;
     }
@@ -607,13 +672,27 @@ KERNEL(sample, SampleParams, SAMPLE_THREADS) {
     found++;
     if (found < wanted) top = next_best(row, top);
   }
+  uint32_t flags = 0;
   if (leader) {
     const int token = shared.token;
-    const uint32_t flags = budget_emit(shared.budget, p.pool, token, p.token_traits[token]);
+    const Steering& s = shared.budget.steering;
+    const bool is_switch =
+        (s.techniques & STEER_SWITCH) && bit(p.switches + slot_id * (size_t)ceil_div(p.vocab, 32), token);
+    flags = budget_emit(shared.budget, p.pool, token, p.token_traits[token]);
+    shared.thinks = (flags & TOKEN_REASONING) != 0;
+    shared.loops = 0;
+    flags |= steering_emit(shared.budget, flags, p.token_traits[token], is_switch);
+  }
+  if (cluster_rank() == 0 && (shared.budget.steering.techniques & STEER_LOOP)) {
+    sync_threads();
+    if (shared.thinks) find_loop(p, shared, slot_id);
+  }
+  if (leader) {
+    const int token = shared.token;
     record.serial = slot.serial;
     record.slot = slot_id;
     record.top_count = found;
-    advance_slot(p, slot, slot_id, shared.budget, token, flags, wants_sum ? logit_of(row, token) - log_sum : 0.f,
+    advance_slot(p, slot, slot_id, shared.budget, token, flags, wants_logprobs ? logit_of(row, token) - log_sum : 0.f,
                  record);
     publish(p);
   }

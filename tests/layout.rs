@@ -14,6 +14,7 @@ const LOGIC: &[&str] = &[
     "guide",
     "hub",
     "sampling",
+    "steering",
     "scheduler",
     "sequence",
     "structured",

@@ -26,6 +26,9 @@ pub struct Row {
     prompt: Vec<bool>,
     /// Strings of its budget.
     pub pool: Vec<i32>,
+    /// Steering's tokens.
+    pub avoided: Vec<i32>,
+    pub switches: Vec<i32>,
 }
 
 impl Row {
@@ -53,6 +56,8 @@ impl Row {
             counts: vec![0; vocab],
             prompt: vec![false; vocab],
             pool: Vec::new(),
+            avoided: Vec::new(),
+            switches: Vec::new(),
         }
     }
 
@@ -149,7 +154,7 @@ pub struct Bench {
     step: Buffer,
     vocab: usize,
     rows: usize,
-    _others: Vec<Buffer>,
+    others: Vec<Buffer>,
 }
 
 impl Bench {
@@ -164,6 +169,7 @@ impl Bench {
         let mut bias_ids = vec![0i32; count * MAX_LOGIT_BIAS as usize];
         let mut bias_values = vec![0f32; count * MAX_LOGIT_BIAS as usize];
         let mut counts = vec![0u16; count * vocab];
+        let (mut avoided, mut switches) = (vec![0u32; count * words], vec![0u32; count * words]);
         let mut pool = vec![0];
         for (i, row) in rows.iter().enumerate() {
             let Some(row) = row else { continue };
@@ -180,6 +186,9 @@ impl Bench {
             for id in 0..vocab {
                 allowed[slot * words + id / 32] |= u32::from(row.allowed[id]) << (id % 32);
                 seen[slot * words + id / 32] |= u32::from(row.prompt[id]) << (id % 32);
+            }
+            for (bits, ids) in [(&mut avoided, &row.avoided), (&mut switches, &row.switches)] {
+                ids.iter().for_each(|&id| bits[slot * words + id as usize / 32] |= 1 << (id % 32));
             }
             for (j, &(id, value)) in row.bias.iter().enumerate() {
                 bias_ids[slot * MAX_LOGIT_BIAS as usize + j] = id;
@@ -198,6 +207,10 @@ impl Bench {
             upload(device, &seen),
             upload(device, &[0u32]),
             upload(device, &logits),
+            upload(device, &avoided),
+            upload(device, &switches),
+            // What an earlier sequence has left there.
+            upload(device, &vec![1i32; count * 2 * LOOP_PERIODS as usize]),
         ];
         let params = SampleParams {
             logits: others[8].pointer(),
@@ -210,6 +223,9 @@ impl Bench {
             bias_values: others[5].pointer(),
             output_counts: counts.pointer(),
             prompt_seen: others[6].pointer(),
+            avoided: others[9].pointer(),
+            switches: others[10].pointer(),
+            loop_history: others[11].pointer(),
             ring: ring.pointer(),
             step: step.pointer(),
             ticket: others[7].pointer(),
@@ -223,7 +239,13 @@ impl Bench {
             pdl: true,
             ..SAMPLE.launch([cluster, rows.len() as u32, 1], params)
         };
-        Bench { device: device.clone(), launch, slots, counts, ring, step, vocab, rows: rows.len(), _others: others }
+        Bench { device: device.clone(), launch, slots, counts, ring, step, vocab, rows: rows.len(), others }
+    }
+
+    /// For the next steps.
+    pub fn set_logits(&self, row: usize, logits: &[f32]) {
+        assert_eq!(logits.len(), self.vocab);
+        self.device.upload(&self.others[8], row * self.vocab * 4, bytemuck::cast_slice(logits)).unwrap();
     }
 
     /// One step, and its records.

@@ -14,6 +14,7 @@ fn event(finish: Option<Finish>) -> TokenEvent {
         reasoning: false,
         delimiter: false,
         max_hit: false,
+        stopped: false,
         awaits_mask: false,
         finish,
         generated: 1,

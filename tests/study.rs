@@ -225,14 +225,15 @@ fn tasks_as_they_are_published() {
 }
 
 fn every_sweep() -> Options {
-    use SweepKind::{Class, Ignore, Maximum, Parallel, Rejection, Step, String, Token};
+    use SweepKind::{Class, Ignore, Maximum, Parallel, Rejection, Step, String, Technique, Token};
     Options {
-        sweeps: vec![Maximum, Ignore, String, Token, Step, Class, Rejection, Parallel],
+        sweeps: vec![Maximum, Ignore, String, Technique, Token, Step, Class, Rejection, Parallel],
         maxima: vec![16, 64, 150],
         ignored_at_maximum: 4,
         ignores: vec![0, 1, 2],
         strings: vec!["Wait".into(), "Hmm".into(), "".into()],
         ignored_by_string: 2,
+        techniques: vec![r#"brake={"brake_margin": 1.5}"#.parse().unwrap()],
         samples: 5,
         temperature: 1.0,
         max_tokens: Some(300),
@@ -266,7 +267,7 @@ fn a_study_of_everything_goes_on_where_it_ended() {
     let at = folder("scaling");
     let (mut engine, device) = simulated();
     let results = study(&mut engine, &device, &problems, &every_sweep(), &at).unwrap();
-    assert_eq!(results.sweeps.len(), 10, "two for each of token and step");
+    assert_eq!(results.sweeps.len(), 11, "two for each of token and step");
     for sweep in &results.sweeps {
         let forced = sweep.kind == SweepKind::Maximum || sweep.name.ends_with("and budget forcing");
         if forced || sweep.kind == SweepKind::Rejection {
@@ -283,12 +284,17 @@ fn a_study_of_everything_goes_on_where_it_ended() {
                 .split_once('-')
                 .is_some_and(|(n, _)| n.parse::<u8>().is_ok())
         });
-        assert_eq!(plot.count(), 20, "SVG and PNG of each");
+        assert_eq!(plot.count(), 22, "SVG and PNG of each");
     }
     let sweep = |kind| results.sweeps.iter().find(|s| s.kind == kind).unwrap();
     let tokens = |kind| sweep(kind).rows.iter().map(|row| row.thinking_tokens).collect::<Vec<f64>>();
     assert_eq!(tokens(SweepKind::Maximum)[0].floor(), 16.0, "with its ends ignored it thinks up to the maximum");
     assert!(sweep(SweepKind::Token).control.unwrap() < 100.0, "nothing holds it to the prompt");
+    let steered = &sweep(SweepKind::Technique).rows;
+    assert_eq!(steered.iter().map(|row| row.label.as_str()).collect::<Vec<_>>()[..2], ["none", "brake"]);
+    for (row, exact) in steered[2..].iter().zip([16.0, 64.0, 150.0]) {
+        assert!((exact..exact + 4.0).contains(&row.thinking_tokens), "{row:?}");
+    }
     let ignore = tokens(SweepKind::Ignore);
     assert!(ignore[0] < ignore[1] && ignore[1] < ignore[2], "{ignore:?}");
     assert_eq!(sweep(SweepKind::Parallel).rows.iter().map(|r| r.draws).collect::<Vec<_>>(), [1.0, 2.0, 4.0]);

@@ -42,5 +42,6 @@ mod simt;
 mod simulator;
 mod structured;
 mod study;
+mod techniques;
 mod tools;
 mod traces;

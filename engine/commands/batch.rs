@@ -1,12 +1,14 @@
 //! `ponder batch`: a file of requests, one JSON object a line, served together; answers in the order of the file. What is in the
 //! output file already is not asked again.
 
+use super::output;
 use crate::args::BatchArgs;
 use crate::batch::{Accounting, OnEnd};
 use crate::chat::Message;
 use crate::engine::{Engine, RequestId};
 use crate::frontend::{Frontend, Request};
 use crate::sequence::{Answer, Channel, FinishReason};
+use crate::steering::SteeringRequest;
 use crate::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
@@ -47,6 +49,7 @@ struct Line {
     ignore_eos: Option<bool>,
     stop_ids: Option<Vec<u32>>,
     allowed_ids: Option<Vec<u32>>,
+    exact_thinking_tokens: Option<u32>,
     max_thinking_tokens: Option<u32>,
     min_thinking_tokens: Option<u32>,
     n_ignore: Option<u32>,
@@ -54,6 +57,7 @@ struct Line {
     end_string: Option<String>,
     accounting: Option<AccountingName>,
     on_end: Option<OnEndName>,
+    steering: Option<SteeringRequest>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -100,6 +104,7 @@ impl Line {
         s.stop_ids = self.stop_ids.unwrap_or_else(|| s.stop_ids.clone());
         s.allowed_ids = self.allowed_ids.or_else(|| s.allowed_ids.clone());
         let b = &mut request.budget;
+        b.exact_thinking_tokens = self.exact_thinking_tokens.or(b.exact_thinking_tokens);
         b.max_thinking_tokens = self.max_thinking_tokens.or(b.max_thinking_tokens);
         b.min_thinking_tokens = self.min_thinking_tokens.unwrap_or(b.min_thinking_tokens);
         b.n_ignore = self.n_ignore.unwrap_or(b.n_ignore);
@@ -114,6 +119,7 @@ impl Line {
             OnEndName::Replace => OnEnd::Replace,
             OnEndName::Mask => OnEnd::Mask,
         });
+        b.steering = self.steering.unwrap_or_else(|| b.steering.clone());
         Ok(request)
     }
 }
@@ -204,11 +210,7 @@ impl Open {
                 "completion_tokens": answer.tokens.len(),
                 "total_tokens": self.prompt_tokens + answer.tokens.len(),
             },
-            "thinking": last.filter(|_| thinks).map(|last| json!({
-                "reasoning_tokens": last.reasoning_tokens,
-                "ignores_used": last.ignores_used,
-                "max_hit": last.max_hit,
-            })),
+            "thinking": last.filter(|_| thinks).map(output::thinking),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! `ponder generate`: one prompt, one answer.
 
-use super::output::{Meter, Printer};
+use super::output::{self, Meter, Printer};
 use super::profile;
 use crate::args::GenerateArgs;
 use crate::batch::TokenEvent;
@@ -83,13 +83,7 @@ fn json(prompt: &[u32], meter: &Meter, thinks: bool, logprobs: bool) -> Value {
         let top: Vec<Value> = token.top.iter().map(|(id, l)| json!({"id": id, "logprob": l})).collect();
         json!({"id": token.token, "logprob": token.logprob, "top": top})
     };
-    let thinking = last.filter(|_| thinks).map(|last| {
-        json!({
-            "reasoning_tokens": last.reasoning_tokens,
-            "ignores_used": last.ignores_used,
-            "max_hit": last.max_hit,
-        })
-    });
+    let thinking = last.filter(|_| thinks).map(output::thinking);
     json!({
         "prompt_ids": prompt,
         "token_ids": answer.tokens.iter().map(|t| t.token).collect::<Vec<_>>(),

@@ -1,9 +1,11 @@
 //! How answers look: thinking dim, injected tokens coloured, the answer plain; and the report under them.
 
+use crate::batch::TokenEvent;
 use crate::engine::Update;
 use crate::sequence::{Answer, Channel, FinishReason, Piece};
 use crate::telemetry::Telemetry;
 use crate::{Error, Result};
+use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
@@ -112,6 +114,9 @@ impl Meter {
             let ends = if last.ignores_used == 1 { "end" } else { "ends" };
             parts.push(format!("{} {ends} ignored", last.ignores_used));
             parts.push(format!("maximum {}hit", if last.max_hit { "" } else { "not " }));
+            if last.stopped {
+                parts.push("stopped by steering".into());
+            }
         }
         parts.push(format!("{} tokens", self.answer.tokens.len()));
         parts.push(format!("{:.1} tokens/s", speed.tokens_per_second));
@@ -119,4 +124,17 @@ impl Meter {
         parts.push(format!("finish: {}", self.answer.finish.map_or("none", FinishReason::name)));
         format!("[{}]", parts.join(", "))
     }
+}
+
+/// `thinking` of an answer in JSON, as its last token has it.
+pub fn thinking(last: &TokenEvent) -> Value {
+    let mut thinking = json!({
+        "reasoning_tokens": last.reasoning_tokens,
+        "ignores_used": last.ignores_used,
+        "max_hit": last.max_hit,
+    });
+    if last.stopped {
+        thinking["stopped"] = true.into();
+    }
+    thinking
 }

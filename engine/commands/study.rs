@@ -74,6 +74,7 @@ fn run_scaling(args: &ScalingArgs) -> Result<()> {
         ignores: args.n_ignore.clone(),
         strings: args.ignore_strings.clone(),
         ignored_by_string: args.ignored_by_string,
+        techniques: args.techniques.clone(),
         samples: args.samples,
         temperature: args.temperature,
         max_tokens: args.max_tokens,

@@ -164,8 +164,8 @@ impl Fields {
             }
             if let Some(path) = about_thinking(name, value) {
                 let problem = "this server knows no such field about thinking. It knows thinking_token_budget, \
-                               min_thinking_tokens, thinking_n_ignore, thinking_n_ignore_str, thinking_end_str, thinking_delimiters, \
-                               reasoning_effort and thinking.budget_tokens";
+                               min_thinking_tokens, exact_thinking_tokens, thinking_n_ignore, thinking_n_ignore_str, thinking_end_str, \
+                               thinking_delimiters, thinking_steering, reasoning_effort and thinking.budget_tokens";
                 return Err(self.error(&path, problem));
             }
             names.push(self.path(name).chars().take(64).collect());

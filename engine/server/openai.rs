@@ -91,6 +91,8 @@ pub struct Counts {
     pub reasoning: u32,
     pub ignores_used: u32,
     pub max_hit: bool,
+    /// By a technique of steering.
+    pub stopped: bool,
     /// Tokens of the prompt that were not computed anew.
     pub found: u32,
 }
@@ -102,17 +104,22 @@ impl Counts {
             reasoning: token.reasoning_tokens,
             ignores_used: token.ignores_used,
             max_hit: token.max_hit,
+            stopped: token.stopped,
             found: token.found_tokens,
         }
     }
 
     /// `thinking` of a response.
     pub fn thinking(&self) -> Value {
-        json!({
+        let mut thinking = json!({
             "reasoning_tokens": self.reasoning,
             "ignores_used": self.ignores_used,
             "max_hit": self.max_hit,
-        })
+        });
+        if self.stopped {
+            thinking["stopped"] = true.into();
+        }
+        thinking
     }
 }
 

@@ -6,7 +6,9 @@ use super::fields::{Fields, MAX_STRING_BYTES, about_thinking};
 use crate::budget::{BudgetRequest, MAX_IGNORE_STRINGS};
 use crate::frontend::Request;
 use crate::sampling::{MAX_LOGIT_BIAS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, SamplingRequest};
+use crate::steering::SteeringRequest;
 use crate::thinking::ThinkingChoice;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
@@ -131,6 +133,11 @@ pub fn thinking(fields: &mut Fields, state: &ServerState) -> ApiResult<Thinking>
             budget.min_thinking_tokens = min;
         }
     }
+    budget.exact_thinking_tokens = fields.count("exact_thinking_tokens", MOST_TOKENS)?;
+    if let Some(steering) = fields.object("thinking_steering")? {
+        let steering = SteeringRequest::deserialize(Value::Object(steering.into_entries()));
+        budget.steering = steering.map_err(|problem| fields.error("thinking_steering", problem.to_string()))?;
+    }
     budget.n_ignore = fields.count("thinking_n_ignore", MOST_TOKENS)?.unwrap_or(0);
     budget.ignore_strings = fields.strings("thinking_n_ignore_str")?;
     if budget.ignore_strings.as_ref().is_some_and(|list| list.len() > MAX_IGNORE_STRINGS) {
@@ -200,10 +207,12 @@ pub fn thinking(fields: &mut Fields, state: &ServerState) -> ApiResult<Thinking>
         if most.value.is_some_and(|most| most > 0)
             || thinking.budget.min_thinking_tokens > 0
             || thinking.budget.n_ignore > 0
+            || thinking.budget.exact_thinking_tokens.is_some_and(|exact| exact > 0)
         {
             return Err(fields.error("thinking", "a budget for thinking that is switched off: leave out one of them"));
         }
         let thinks = state.service.frontend().delimiters_of(&thinking.budget)?.is_some();
+        thinking.budget.exact_thinking_tokens = None;
         thinking.budget.max_thinking_tokens = thinks.then_some(0);
     }
     Ok(thinking)

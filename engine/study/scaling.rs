@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::frontend::Request;
 use crate::sampling::SamplingRequest;
 use crate::sequence::{Answer, Channel, FinishReason};
+use crate::steering::{SteeringRequest, Technique};
 use crate::{Error, Result};
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
@@ -39,6 +40,8 @@ pub struct Options {
     pub strings: Vec<String>,
     /// Ends ignored in the sweep of strings.
     pub ignored_by_string: u32,
+    /// Tried one after the other.
+    pub techniques: Vec<Technique>,
     /// Draws of each problem for rejection sampling and majority vote.
     pub samples: u32,
     /// At which those are drawn; everything else is greedy.
@@ -64,6 +67,8 @@ struct Condition {
     n_ignore: u32,
     /// None: the model's.
     string: Option<String>,
+    steering: SteeringRequest,
+    exact: Option<u32>,
     /// Appended to the question.
     suffix: String,
     /// 1 unless drawn at the temperature.
@@ -94,7 +99,19 @@ impl Condition {
             write!(name, ", temperature {temperature}").expect("a String");
         }
         let samples = sampled.map_or(1, |(samples, _)| samples);
-        Condition { name, maximum, n_ignore, string: string.map(str::to_string), suffix: suffix.into(), samples }
+        let string = string.map(str::to_string);
+        let (steering, suffix) = (SteeringRequest::default(), suffix.into());
+        Condition { name, maximum, n_ignore, string, steering, exact: None, suffix, samples }
+    }
+
+    fn steered(technique: &Technique) -> Self {
+        let name = format!("{} {}", technique.name, technique.json);
+        Condition { name, steering: technique.steering.clone(), ..Condition::new(None, 0, None, "", None) }
+    }
+
+    fn exact(tokens: u32) -> Self {
+        let name = format!("exactly {tokens}");
+        Condition { name, exact: Some(tokens), ..Condition::new(None, 0, None, "", None) }
     }
 
     fn request(&self, engine: &Engine, options: &Options, problem: &Problem, key: &Key) -> Result<Request> {
@@ -110,8 +127,10 @@ impl Condition {
             max_tokens: options.max_tokens,
             sampling: SamplingRequest { temperature: Some(temperature), seed: Some(seed), ..Default::default() },
             budget: BudgetRequest {
+                exact_thinking_tokens: self.exact,
                 max_thinking_tokens: self.maximum,
                 n_ignore: self.n_ignore,
+                steering: self.steering.clone(),
                 ignore_strings: self.string.as_ref().map(strings),
                 ..Default::default()
             },
@@ -137,6 +156,8 @@ struct Record {
     tokens: usize,
     ignores_used: u32,
     max_hit: bool,
+    #[serde(default)]
+    stopped: bool,
     /// As [`FinishReason::name`].
     finish: String,
     answer: String,
@@ -154,6 +175,7 @@ impl Record {
             tokens: answer.tokens.len(),
             ignores_used: last.map_or(0, |t| t.ignores_used),
             max_hit: last.is_some_and(|t| t.max_hit),
+            stopped: last.is_some_and(|t| t.stopped),
             finish: answer.finish.map_or("", FinishReason::name).into(),
             vote: problem.grader.vote(&text),
             right: problem.grader.is_right(&problem.answer, &text),
@@ -217,6 +239,8 @@ pub struct RowResult {
     pub answers_controlled: Option<f64>,
     /// Percent of the answers that the maximum has ended.
     pub max_hit: f64,
+    /// Percent of the answers whose thinking a technique has ended.
+    pub stopped: f64,
     pub ignores_used: f64,
     /// Draws for one answer.
     pub draws: f64,
@@ -366,6 +390,19 @@ fn plan(options: &Options) -> Result<(Vec<Condition>, Vec<Sweep>)> {
                 let rows = rows.collect();
                 add(format!("What replaces an ignored end, {n} times"), rows);
             }
+            SweepKind::Technique => {
+                let none = row("none".into(), place(Condition::new(None, 0, None, "", None)), Limit::None);
+                let steered = options
+                    .techniques
+                    .iter()
+                    .map(|technique| row(technique.name.clone(), place(Condition::steered(technique)), Limit::None));
+                let mut rows: Vec<Row> = std::iter::once(none).chain(steered).collect();
+                rows.extend(options.maxima.iter().map(|&n| Row {
+                    least: Limit::Tokens(n),
+                    ..row(format!("exactly {n}"), place(Condition::exact(n)), Limit::Tokens(n))
+                }));
+                add("Steering: techniques that act on the draws".into(), rows);
+            }
             SweepKind::Token => {
                 for forced in [false, true] {
                     let rows = options.maxima.iter().filter(|&&n| n > 0).map(|&n| {
@@ -431,6 +468,7 @@ struct Cell {
     right: bool,
     tokens: f64,
     max_hit: bool,
+    stopped: bool,
     ignores_used: f64,
     draws: f64,
     /// Of the answer that counts.
@@ -449,6 +487,7 @@ impl Table<'_> {
             right,
             tokens,
             max_hit: record.max_hit,
+            stopped: record.stopped,
             ignores_used: f64::from(record.ignores_used),
             draws,
             thinking_tokens: f64::from(record.thinking_tokens),
@@ -530,6 +569,7 @@ impl Table<'_> {
                     controlled: together.filter(|_| limited).map(|share| share > 0.0),
                     answers_controlled: each.filter(|_| limited),
                     max_hit: 100.0 * mean(|c| f64::from(u8::from(c.max_hit))),
+                    stopped: 100.0 * mean(|c| f64::from(u8::from(c.stopped))),
                     ignores_used: mean(|c| c.ignores_used),
                     draws: mean(|c| c.draws),
                 }
@@ -619,8 +659,8 @@ fn markdown(report: &Report<Results>) -> String {
         let _ = write!(
             text,
             "\n## {}\n\n![{}]({}.png)\n\n{}\n\n\
-             | | accuracy, % | thinking tokens | limit | answers within it, % | ended by the maximum, % | ends ignored | draws | answers |\n\
-             |---|---|---|---|---|---|---|---|---|\n",
+             | | accuracy, % | thinking tokens | limit | answers within it, % | ended by the maximum, % | by a technique, % | ends ignored | draws | answers |\n\
+             |---|---|---|---|---|---|---|---|---|---|\n",
             s.name,
             s.name,
             plot_name(i, s),
@@ -629,7 +669,7 @@ fn markdown(report: &Report<Results>) -> String {
         for row in &s.rows {
             let _ = writeln!(
                 text,
-                "| {} | {:.1}{} | {:.1} | {} | {} | {:.1} | {:.2} | {:.2} | {} of {} |",
+                "| {} | {:.1}{} | {:.1} | {} | {} | {:.1} | {:.1} | {:.2} | {:.2} | {} of {} |",
                 row.label,
                 row.accuracy,
                 range(row.accuracy_interval),
@@ -637,6 +677,7 @@ fn markdown(report: &Report<Results>) -> String {
                 number(row.limit),
                 number(row.answers_controlled),
                 row.max_hit,
+                row.stopped,
                 row.ignores_used,
                 row.draws,
                 row.answers,
@@ -653,7 +694,7 @@ fn markdown(report: &Report<Results>) -> String {
 /// What the rows of a sweep say.
 fn in_words(s: &SweepResult) -> String {
     let (Some(first), Some(last)) = (s.rows.first(), s.rows.last()) else { return String::new() };
-    let ordered = !matches!(s.kind, SweepKind::String | SweepKind::Class);
+    let ordered = !matches!(s.kind, SweepKind::String | SweepKind::Technique | SweepKind::Class);
     let rises = s.rows.windows(2).filter(|pair| pair[1].accuracy > pair[0].accuracy).count();
     let mut text = match ordered {
         true => format!(
