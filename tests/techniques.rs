@@ -290,12 +290,12 @@ impl Case {
         }
         let some = |random: &mut Random| (0..VOCAB as i32).filter(|_| random.below(4) == 0).collect::<Vec<i32>>();
         let period = 1 + random.below(7) as usize;
-        let talkative = random.below(3) as f32;
+        let quiet = random.below(6) as f32;
         let mut logits: Vec<Vec<f32>> =
             (0..period).map(|_| (0..VOCAB).map(|_| random.below(64) as f32 / 16.0).collect()).collect();
         for step in &mut logits {
-            step[END as usize] -= talkative;
-            step[EOS as usize] -= talkative;
+            step[END as usize] -= quiet;
+            step[EOS as usize] -= quiet;
         }
         Case {
             end: if random.below(2) == 0 { vec![END] } else { vec![END, C] },
@@ -447,7 +447,7 @@ fn all_techniques_do_what_the_model_does() {
         against_the_model(device, 1 + i as u32 % 2, 100 + i as u64, 1, LOOP_TOKENS as usize + 4);
     }
     let stopped: usize = (0..12).map(|seed| against_the_model(&fast_device(), 1 << (seed % 3), seed, 8, 60)).sum();
-    assert!(stopped > 20, "many have ended so: {stopped}");
+    assert!(stopped > 10, "many have ended so: {stopped}");
 }
 
 // ---- as requests ----
