@@ -500,6 +500,8 @@ fn thinking_is_honoured_or_refused() {
         assert_eq!(thought(fields.clone()), 0, "{fields}");
     }
     assert!(thought(json!({"thinking_token_budget": -1, "min_thinking_tokens": 30})) >= 30);
+    assert!((25..=28).contains(&thought(json!({"exact_thinking_tokens": 25}))));
+    assert_eq!(ask(json!({"thinking_steering": {"end_bias": 2, "loop_repeats": 4}})).status, 200);
     for (fields, param) in [
         (json!({"thinking_token_budget": true}), "thinking_token_budget"),
         (json!({"thinking_token_budget": 1.5}), "thinking_token_budget"),
@@ -509,6 +511,12 @@ fn thinking_is_honoured_or_refused() {
         (json!({"thinking_n_ignore_str": vec!["a"; 9]}), "thinking_n_ignore_str"),
         (json!({"thinking_n_ignore_str": "<|im_start|>"}), "thinking_n_ignore_str"),
         (json!({"thinking_end_str": "enough"}), "thinking_end_str"),
+        (json!({"thinking_steering": {"end_biass": 1}}), "thinking_steering"),
+        (json!({"thinking_steering": {"end_bias": "much"}}), "thinking_steering"),
+        (json!({"thinking_steering": {"end_bias": 1e9}}), "thinking_steering.end_bias"),
+        (json!({"thinking_steering": {"switch_window": 9}}), "thinking_steering.switch_window"),
+        (json!({"thinking_steering": true}), "thinking_steering"),
+        (json!({"exact_thinking_tokens": 9, "thinking_token_budget": 4}), "exact_thinking_tokens"),
         (json!({"reasoning_effort": "heroic"}), "reasoning_effort"),
         (json!({"thinking": {"budget": 4}}), "thinking.budget"),
         (json!({"thinking_tokens": 4}), "thinking_tokens"),
