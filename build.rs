@@ -27,7 +27,7 @@ fn bindings() -> Result<()> {
         fn add_derives(&self, info: &bindgen::callbacks::DeriveInfo<'_>) -> Vec<String> {
             let holds_pointers = info.name.ends_with("Params")
                 || info.name.starts_with("Simt")
-                || ["Rope", "Prefetch"].contains(&info.name);
+                || ["Rope", "Prefetch", "WeightScales"].contains(&info.name);
             if holds_pointers { Vec::new() } else { vec!["bytemuck::Pod".into(), "bytemuck::Zeroable".into()] }
         }
     }

@@ -10,7 +10,8 @@ use crate::{Error, Result};
 use std::sync::Arc;
 
 const GEMV_TILE_ROWS: u64 = 64;
-const GEMV_STEP_K: u64 = 128;
+/// Of a row of the weights in a step.
+const GEMV_STEP_BYTES: u64 = 256;
 /// Most memory for the partial results of sequences that are cut at fixed pages; where more would be needed, pieces are longer.
 const SPLIT_BYTES: usize = 64 << 20;
 /// Neighbours in the residual stream whose squares are summed together.
@@ -22,15 +23,47 @@ const SAMPLE_PREFETCH: u64 = 20 << 20;
 /// A block of the sampler holds its share of a row's logits in shared memory; up to 8 blocks share a row.
 pub const MAX_VOCAB: usize = 8 * 50_000;
 
-/// A weight matrix [n][k] in bf16, perhaps with a bias [n], and what TMA must know of it.
+/// A weight matrix [n][k], perhaps with a bias [n], and what TMA must know of it.
 pub struct Linear {
     weight: Arc<Buffer>,
+    /// Where it is e4m3 and not bf16.
+    scales: Option<Scales>,
     bias: Option<Buffer>,
     n: u64,
     k: u64,
     /// For the widths of `tiling`: boxes of half a tile.
     gemm_maps: [TensorMap; tiling::WIDTHS.len()],
     gemv_map: TensorMap,
+}
+
+/// What the numbers of a matrix [n][k] in e4m3 are to be multiplied with, fp32.
+pub enum Scales {
+    /// [n].
+    Rows(Buffer),
+    /// [k / SCALE_GROUP, rounded up][n / SCALE_ROWS].
+    Blocks(Buffer),
+}
+
+/// Activations in e4m3: what a product of fp8 weights reads in prefill.
+pub struct Quantised {
+    /// [rows][k].
+    numbers: Buffer,
+    /// [k / SCALE_GROUP, rounded up][stride] fp32.
+    scales: Buffer,
+    stride: u32,
+}
+
+/// What a product of prefill multiplies, [rows][k].
+#[derive(Clone, Copy)]
+pub enum Operand<'a> {
+    Bf16(&'a Buffer),
+    Fp8(&'a Quantised),
+}
+
+impl<'a> From<&'a Buffer> for Operand<'a> {
+    fn from(x: &'a Buffer) -> Self {
+        Operand::Bf16(x)
+    }
 }
 
 /// What a product of prefill does with its sums.
@@ -200,7 +233,37 @@ impl WorkspaceSizes {
     }
 }
 
-/// `boxes`: columns and rows of what TMA moves at once.
+impl Quantised {
+    /// The scales of a tile come whole, also those of rows that there are not, and of the other tile of a pair.
+    fn stride(rows: u32) -> u32 {
+        rows.next_multiple_of(2 * tiling::TILE_ROWS)
+    }
+
+    /// For up to `rows` rows of up to `k`.
+    pub fn new(device: &Device, rows: u32, k: usize) -> Result<Quantised> {
+        let stride = Quantised::stride(rows);
+        let scales = device.alloc(k.div_ceil(SCALE_GROUP as usize) * stride as usize * 4)?;
+        Ok(Quantised { numbers: device.alloc(rows as usize * k)?, scales, stride })
+    }
+
+    /// [rows][k] e4m3, and fp32 [k / SCALE_GROUP, rounded up][room for rows].
+    pub fn buffers(&self) -> (&Buffer, &Buffer) {
+        (&self.numbers, &self.scales)
+    }
+
+    /// Bytes that a new one takes.
+    pub fn bytes(rows: u32, k: usize) -> u64 {
+        let scales = k.div_ceil(SCALE_GROUP as usize) * Quantised::stride(rows) as usize * 4;
+        (rows as usize * k + scales) as u64
+    }
+}
+
+/// Bytes of the numbers of a row of k in e4m3, and of their scales.
+fn quantised_row_bytes(k: u64) -> u64 {
+    k + 4 * k.div_ceil(u64::from(SCALE_GROUP))
+}
+
+/// Of elements of 16 bits, or pairs of e4m3. `boxes`: columns and rows of what TMA moves at once.
 fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, boxes: [u32; 2]) -> Result<TensorMap> {
     device.tensor_map(&TensorMapSpec {
         address: buffer.address(),
@@ -212,22 +275,94 @@ fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, boxes: 
 }
 
 impl Linear {
-    /// n: a multiple of 64, or of 16 for [`Output::Logits`]; k: a multiple of 64.
+    /// In bf16. n: a multiple of 64, or of 16 for [`Output::Logits`]; k: a multiple of 64.
     pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Buffer>, n: usize, k: usize) -> Result<Linear> {
-        let (n, k) = (n as u64, k as u64);
-        assert!(weight.bytes() as u64 >= n * k * BF16 && n.is_multiple_of(16) && k.is_multiple_of(64));
-        let map = |rows| matrix_map(device, &weight, n, k, [64, rows]);
-        let mut gemm_maps = [TensorMap::default(); tiling::WIDTHS.len()];
-        for (map_of_width, width) in gemm_maps.iter_mut().zip(tiling::WIDTHS) {
-            *map_of_width = map(width / 2)?;
+        Linear::of(device, weight, None, bias, [n as u64, k as u64])
+    }
+
+    /// In e4m3. n and k: multiples of 64.
+    pub fn fp8(
+        device: &Device,
+        weight: Buffer,
+        scales: Scales,
+        bias: Option<Buffer>,
+        n: usize,
+        k: usize,
+    ) -> Result<Linear> {
+        assert!(n.is_multiple_of(64));
+        let count = match &scales {
+            Scales::Rows(_) => n,
+            Scales::Blocks(_) => block_scales(n, k),
+        };
+        let (Scales::Rows(buffer) | Scales::Blocks(buffer)) = &scales;
+        assert_eq!(buffer.bytes(), count * 4);
+        Linear::of(device, Arc::new(weight), Some(scales), bias, [n as u64, k as u64])
+    }
+
+    fn of(
+        device: &Device,
+        weight: Arc<Buffer>,
+        scales: Option<Scales>,
+        bias: Option<Buffer>,
+        [n, k]: [u64; 2],
+    ) -> Result<Linear> {
+        let mut linear = Linear {
+            weight,
+            scales,
+            bias,
+            n,
+            k,
+            gemm_maps: [TensorMap::default(); tiling::WIDTHS.len()],
+            gemv_map: TensorMap::default(),
+        };
+        assert!(linear.weight.bytes() as u64 >= linear.bytes() && n.is_multiple_of(16) && k.is_multiple_of(64));
+        let map = |rows| matrix_map(device, &linear.weight, n, linear.words(), [64, rows]);
+        let (gemm_maps, gemv_map) = (tiling::WIDTHS.map(|width| map(width / 2)), map(GEMV_TILE_ROWS as u32)?);
+        for (to, map) in linear.gemm_maps.iter_mut().zip(gemm_maps) {
+            *to = map?;
         }
-        let gemv_map = map(GEMV_TILE_ROWS as u32)?;
-        Ok(Linear { weight, bias, n, k, gemm_maps, gemv_map })
+        linear.gemv_map = gemv_map;
+        Ok(linear)
+    }
+
+    /// Bytes of a weight.
+    fn element(&self) -> u64 {
+        if self.scales.is_some() { 1 } else { BF16 }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.n * self.k * self.element()
+    }
+
+    /// Elements of 16 bits, or pairs of e4m3, in a row: how tensor maps and tilings count k.
+    fn words(&self) -> u64 {
+        self.k * self.element() / BF16
+    }
+
+    fn scale_bytes(&self) -> u64 {
+        match &self.scales {
+            None => 0,
+            Some(Scales::Rows(buffer) | Scales::Blocks(buffer)) => buffer.bytes() as u64,
+        }
+    }
+
+    fn scales(&self) -> WeightScales {
+        let null = std::ptr::null;
+        let (rows, blocks) = match &self.scales {
+            None => (null(), null()),
+            Some(Scales::Rows(rows)) => (rows.pointer::<f32>().cast_const(), null()),
+            Some(Scales::Blocks(blocks)) => (null(), blocks.pointer::<f32>().cast_const()),
+        };
+        WeightScales { rows, blocks }
+    }
+
+    pub fn is_fp8(&self) -> bool {
+        self.scales.is_some()
     }
 
     /// So many bytes of the weights, each of `blocks` blocks its share of them.
     fn prefetch(&self, bytes: u64, blocks: u32) -> Prefetch {
-        let all = self.n * self.k * BF16;
+        let all = self.bytes();
         let share = (bytes.min(all) / blocks as u64).next_multiple_of(128);
         Prefetch { weights: self.weight.pointer(), bytes: all, share }
     }
@@ -246,7 +381,12 @@ impl Linear {
             Epilogue::Plain | Epilogue::Silu => BF16,
             Epilogue::Residual => 2 * BF16,
         };
-        (self.n * self.k + rows * self.k) * BF16 + rows * self.width(epilogue) * result
+        let row = if self.is_fp8() { quantised_row_bytes(self.k) } else { self.k * BF16 };
+        self.bytes() + self.scale_bytes() + rows * (row + self.width(epilogue) * result)
+    }
+
+    fn product(&self, rows: u32) -> Product {
+        Product { rows, n: self.n as u32, k: self.words() as u32 }
     }
 
     /// Where the weights lie.
@@ -255,19 +395,30 @@ impl Linear {
     }
 }
 
-/// out [rows][n] = x [rows][k] w^T, for prefill.
-pub fn gemm(device: &Device, x: &Buffer, w: &Linear, rows: u32, epilogue: Epilogue, out: &Buffer) -> Result<Launch> {
-    let product = Product { rows, n: w.n as u32, k: w.k as u32 };
+/// Scales of a matrix that has them by blocks.
+pub fn block_scales(n: usize, k: usize) -> usize {
+    k.div_ceil(SCALE_GROUP as usize) * (n / SCALE_ROWS as usize)
+}
+
+/// out [rows][n] = x [rows][k] w^T, for prefill; x in fp8 if w is.
+pub fn gemm<'a>(
+    device: &Device,
+    x: impl Into<Operand<'a>>,
+    w: &Linear,
+    rows: u32,
+    epilogue: Epilogue,
+    out: &Buffer,
+) -> Result<Launch> {
     // On the host target the blocks of a cluster share a core: they would only wait for each other.
-    let widths = gemm_kernels(epilogue, w.bias.is_some()).iter().map(|&(width, _)| width);
-    let tiling = tiling::choose(product, widths, device.processors(), !device.is_host());
+    let widths = gemm_kernels(epilogue, w.bias.is_some(), w.is_fp8()).iter().map(|&(width, _)| width);
+    let tiling = tiling::choose(w.product(rows), widths, device.processors(), !device.is_host());
     gemm_tiled(device, x, w, rows, epilogue, out, tiling)
 }
 
 type OfWidth = (u32, &'static kernels::Kernel<GemmParams>);
 
 /// The kernels of an epilogue, each with the width of its tiles.
-pub fn gemm_kernels(epilogue: Epilogue, bias: bool) -> &'static [OfWidth] {
+pub fn gemm_kernels(epilogue: Epilogue, bias: bool, fp8: bool) -> &'static [OfWidth] {
     use crate::kernels::*;
     static PLAIN: [OfWidth; 5] =
         [(96, &GEMM_N96), (128, &GEMM_N128), (160, &GEMM_N160), (192, &GEMM_N192), (256, &GEMM_N256)];
@@ -286,42 +437,60 @@ pub fn gemm_kernels(epilogue: Epilogue, bias: bool) -> &'static [OfWidth] {
         (256, &GEMM_RESIDUAL_N256),
     ];
     static SILU: [OfWidth; 3] = [(128, &GEMM_SILU_N128), (192, &GEMM_SILU_N192), (256, &GEMM_SILU_N256)];
-    match epilogue {
-        Epilogue::Plain if bias => &BIAS,
-        Epilogue::Plain => &PLAIN,
-        Epilogue::Residual => &RESIDUAL,
-        Epilogue::Silu => &SILU,
+    static FP8: [OfWidth; 3] = [(96, &GEMM_FP8_N96), (128, &GEMM_FP8_N128), (192, &GEMM_FP8_N192)];
+    static FP8_BIAS: [OfWidth; 3] = [(96, &GEMM_FP8_BIAS_N96), (128, &GEMM_FP8_BIAS_N128), (192, &GEMM_FP8_BIAS_N192)];
+    static FP8_RESIDUAL: [OfWidth; 3] =
+        [(96, &GEMM_FP8_RESIDUAL_N96), (128, &GEMM_FP8_RESIDUAL_N128), (192, &GEMM_FP8_RESIDUAL_N192)];
+    static FP8_SILU: [OfWidth; 2] = [(128, &GEMM_FP8_SILU_N128), (192, &GEMM_FP8_SILU_N192)];
+    match (epilogue, fp8) {
+        (Epilogue::Plain, false) if bias => &BIAS,
+        (Epilogue::Plain, false) => &PLAIN,
+        (Epilogue::Residual, false) => &RESIDUAL,
+        (Epilogue::Silu, false) => &SILU,
+        (Epilogue::Plain, true) if bias => &FP8_BIAS,
+        (Epilogue::Plain, true) => &FP8,
+        (Epilogue::Residual, true) => &FP8_RESIDUAL,
+        (Epilogue::Silu, true) => &FP8_SILU,
     }
 }
 
 /// The same with a tiling of one's own.
-pub fn gemm_tiled(
+pub fn gemm_tiled<'a>(
     device: &Device,
-    x: &Buffer,
+    x: impl Into<Operand<'a>>,
     w: &Linear,
     rows: u32,
     epilogue: Epilogue,
     out: &Buffer,
     tiling: Tiling,
 ) -> Result<Launch> {
-    let of_width = gemm_kernels(epilogue, w.bias.is_some()).iter().find(|(width, _)| *width == tiling.columns);
+    let kernels = gemm_kernels(epilogue, w.bias.is_some(), w.is_fp8());
+    let of_width = kernels.iter().find(|(width, _)| *width == tiling.columns);
     let (_, kernel) = of_width.expect("a kernel for this width");
     let map = tiling::WIDTHS.iter().position(|&w| w == tiling.columns).expect("every kernel's width is there");
     let columns = tiling.columns / if epilogue == Epilogue::Silu { 2 } else { 1 };
     let panel = if columns.is_multiple_of(64) { 64 } else { 32 };
     let c_map = matrix_map(device, out, rows as u64, w.width(epilogue), [panel, tiling::TILE_ROWS / 2])?;
+    let (x, a_scales, stride) = match (x.into(), w.is_fp8()) {
+        (Operand::Bf16(x), false) => (x, std::ptr::null(), 0),
+        (Operand::Fp8(x), true) => (&x.numbers, x.scales.pointer::<f32>().cast_const(), x.stride),
+        _ => unreachable!("both operands in fp8 or none"),
+    };
     let params = GemmParams {
-        a_map: matrix_map(device, x, rows as u64, w.k, [64, tiling::TILE_ROWS])?,
+        a_map: matrix_map(device, x, rows as u64, w.words(), [64, tiling::TILE_ROWS])?,
         w_map: w.gemm_maps[map],
         c_map,
         residual_map: c_map,
         bias: w.bias(),
+        a_scales,
+        w_scales: w.scales(),
         rows: rows as i32,
         n: w.n as i32,
         k: w.k as i32,
+        a_scales_stride: stride as i32,
         ..Default::default()
     };
-    let groups = tiling.groups(Product { rows, n: w.n as u32, k: w.k as u32 });
+    let groups = tiling.groups(w.product(rows));
     let blocks = groups.min(device.processors() / tiling.cluster).max(1) * tiling.cluster;
     Ok(Launch {
         cluster: tiling.cluster,
@@ -361,6 +530,39 @@ type OfRows = [&'static kernels::Kernel<GemvParams>; GEMV_ROWS.len()];
 /// A decode product streams the weights once for so many rows at the most.
 pub const GEMV_ROWS: [u32; 4] = [8, 16, 32, 64];
 const GEMV_SHARED: [u32; GEMV_ROWS.len()] = [GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64];
+const GEMV_FP8_SHARED: [u32; GEMV_ROWS.len()] =
+    [GEMV_FP8_SHARED_M8, GEMV_FP8_SHARED_M16, GEMV_FP8_SHARED_M32, GEMV_FP8_SHARED_M64];
+
+/// The decode products that there are. `norm`: of the input.
+fn gemv_kernels(norm: bool, output: Output, fp8: bool) -> OfRows {
+    use crate::kernels::*;
+    match (norm, output, fp8) {
+        (true, Output::Matrix(_), false) => [&GEMV_NORM_M8, &GEMV_NORM_M16, &GEMV_NORM_M32, &GEMV_NORM_M64],
+        (true, Output::Rope(_), false) => {
+            [&GEMV_NORM_ROPE_M8, &GEMV_NORM_ROPE_M16, &GEMV_NORM_ROPE_M32, &GEMV_NORM_ROPE_M64]
+        }
+        (true, Output::Silu(_), false) => {
+            [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64]
+        }
+        (false, Output::Residual(_), false) => {
+            [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64]
+        }
+        (false, Output::Logits(_), false) => [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
+        (true, Output::Matrix(_), true) => {
+            [&GEMV_FP8_NORM_M8, &GEMV_FP8_NORM_M16, &GEMV_FP8_NORM_M32, &GEMV_FP8_NORM_M64]
+        }
+        (true, Output::Rope(_), true) => {
+            [&GEMV_FP8_NORM_ROPE_M8, &GEMV_FP8_NORM_ROPE_M16, &GEMV_FP8_NORM_ROPE_M32, &GEMV_FP8_NORM_ROPE_M64]
+        }
+        (true, Output::Silu(_), true) => {
+            [&GEMV_FP8_NORM_SILU_M8, &GEMV_FP8_NORM_SILU_M16, &GEMV_FP8_NORM_SILU_M32, &GEMV_FP8_NORM_SILU_M64]
+        }
+        (false, Output::Residual(_), true) => {
+            [&GEMV_FP8_RESIDUAL_M8, &GEMV_FP8_RESIDUAL_M16, &GEMV_FP8_RESIDUAL_M32, &GEMV_FP8_RESIDUAL_M64]
+        }
+        _ => unreachable!("no model needs this product"),
+    }
+}
 
 /// A product of up to 64 rows: decode, and the logits of prefill.
 pub fn gemv(
@@ -371,27 +573,15 @@ pub fn gemv(
     output: Output,
     workspace: &Workspace,
 ) -> Result<Launch> {
-    use crate::kernels::*;
     assert!((1..=MAX_DECODE_ROWS).contains(&rows));
     let size = GEMV_ROWS.iter().position(|&most| rows <= most).expect("checked above");
-    let of_rows: OfRows = match (input, output) {
-        (Input::Normed(..), Output::Matrix(_)) => [&GEMV_NORM_M8, &GEMV_NORM_M16, &GEMV_NORM_M32, &GEMV_NORM_M64],
-        (Input::Normed(..), Output::Rope(_)) => {
-            [&GEMV_NORM_ROPE_M8, &GEMV_NORM_ROPE_M16, &GEMV_NORM_ROPE_M32, &GEMV_NORM_ROPE_M64]
-        }
-        (Input::Normed(..), Output::Silu(_)) => {
-            [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64]
-        }
-        (Input::Plain(_), Output::Residual(_)) => {
-            [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64]
-        }
-        (Input::Plain(_), Output::Logits(_)) => [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
-        _ => unreachable!("no model needs this product"),
-    };
+    let kernel = gemv_kernels(matches!(input, Input::Normed(..)), output, w.is_fp8())[size];
     let (Input::Plain(x) | Input::Normed(x, _)) = input;
     let mut params = GemvParams {
         w_map: w.gemv_map,
         x_map: matrix_map(device, x, rows as u64, w.k, [64, GEMV_ROWS[size]])?,
+        x: x.pointer(),
+        scales: w.scales(),
         bias: w.bias(),
         partial: workspace.partial.pointer(),
         ticket: workspace.ticket.pointer(),
@@ -428,13 +618,13 @@ pub fn gemv(
             w.n * 4
         }
     };
-    let steps = w.n.div_ceil(GEMV_TILE_ROWS) * w.k.div_ceil(GEMV_STEP_K);
+    let steps = w.n.div_ceil(GEMV_TILE_ROWS) * (w.k * w.element()).div_ceil(GEMV_STEP_BYTES);
     Ok(Launch {
-        shared_bytes: GEMV_SHARED[size],
+        shared_bytes: if w.is_fp8() { GEMV_FP8_SHARED[size] } else { GEMV_SHARED[size] },
         pdl: true,
-        bytes: w.n * w.k * BF16 + rows as u64 * (w.k * BF16 + result),
+        bytes: w.bytes() + w.scale_bytes() + rows as u64 * (w.k * BF16 + result),
         flops: 2 * rows as u64 * w.n * w.k,
-        ..of_rows[size].launch([steps.min(workspace.blocks as u64) as u32, 1, 1], params)
+        ..kernel.launch([steps.min(workspace.blocks as u64) as u32, 1, 1], params)
     })
 }
 
@@ -506,6 +696,50 @@ pub fn rms_norm(x: &Buffer, norm: &Norm, row_index: Option<&Buffer>, rows: u32, 
     let params = NormParams { row_index, ..norm_params(x, norm, rows, out) };
     let bytes = (2 * rows as u64 + 1) * norm.weight.bytes() as u64;
     Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM.launch([rows, 1, 1], params) }
+}
+
+/// out = norm(x) in e4m3; x [rows][hidden].
+pub fn rms_norm_fp8(x: &Buffer, norm: &Norm, rows: u32, out: &Quantised) -> Launch {
+    let params = NormParams {
+        out: std::ptr::null_mut(),
+        out_fp8: out.numbers.pointer(),
+        scales: out.scales.pointer(),
+        scales_stride: out.stride as i32,
+        ..norm_params(x, norm, rows, &out.numbers)
+    };
+    let hidden = norm.weight.bytes() as u64 / BF16;
+    let bytes = rows as u64 * (hidden * BF16 + quantised_row_bytes(hidden)) + hidden * BF16;
+    Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM_FP8.launch([rows, 1, 1], params) }
+}
+
+/// out = x in e4m3; x [rows][k].
+pub fn quantise(x: &Buffer, k: usize, rows: u32, out: &Quantised) -> Launch {
+    let params = QuantiseParams {
+        x: x.pointer(),
+        out: out.numbers.pointer(),
+        scales: out.scales.pointer(),
+        rows: rows as i32,
+        k: k as i32,
+        scales_stride: out.stride as i32,
+        ..Default::default()
+    };
+    let grid = [(k as u32).div_ceil(8 * QUANTISE_THREADS), rows, 1];
+    let bytes = rows as u64 * (k as u64 * BF16 + quantised_row_bytes(k as u64));
+    Launch { pdl: true, bytes, ..kernels::QUANTISE.launch(grid, params) }
+}
+
+/// out [n][k] = w [n][k] in e4m3, and the scales [n] of its rows.
+pub fn quantise_weight(w: &Buffer, n: usize, k: usize, out: &Buffer, scales: &Buffer) -> Launch {
+    assert!(w.bytes() >= n * k * 2 && out.bytes() >= n * k && scales.bytes() >= n * 4);
+    let params =
+        QuantiseWeightParams { w: w.pointer(), out: out.pointer(), scales: scales.pointer(), n: n as i32, k: k as i32 };
+    let bytes = (n * k * 3 + n * 4) as u64;
+    Launch {
+        shared_bytes: QUANTISE_SHARED,
+        pdl: true,
+        bytes,
+        ..kernels::QUANTISE_WEIGHT.launch([n as u32, 1, 1], params)
+    }
 }
 
 /// Where q, k and v of a step's rows go.

@@ -12,34 +12,47 @@
 // Why it is fast: loads never wait for arithmetic, wgmma m64n256k16 reads each byte of shared memory once for 128 clocks of
 // tensor work, and registers move from the producer (which needs none) to the accumulators.
 // Tails: TMA fills rows and columns beyond the ends with zeros and does not store them.
+//
+// gemm_fp8_*: a and w in e4m3 with scales. A stage is as many bytes and twice as much k, multiplied twice as fast; its sums,
+// which the tensor cores keep to 14 bits, are scaled and added up in fp32 registers (as in DeepSeek-V3, arXiv 2412.19437, 3.3.2): of a's
+// SCALE_GROUP k and, where w's scales are of blocks, of w's. Scales of w's rows are multiplied in at the end. A stage's sums beside
+// those of the tile take registers for tiles of up to 192 columns; while one warpgroup adds, the other multiplies.
 #include "epilogue.cuh"
+#include "fp8.cuh"
 
 namespace {
 
 constexpr int kTileM = 128;
-constexpr int kTileK = 64;
-constexpr int kGroupM = 16;      // tiles along m that share a strip of w
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kConsumers = 2;    // warpgroups
+constexpr int kTileBytesK = 128;  // of a row in a stage: 64 k of bf16, 128 of e4m3
+constexpr int kBoxes = 64;        // elements of 16 bits in them, which is how maps count
+constexpr int kGroupM = 16;       // tiles along m that share a strip of w
+constexpr int kWarpgroup = 128;   // threads
+constexpr int kConsumers = 2;     // warpgroups
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
 constexpr int kConsumerRows = kTileM / kConsumers;
-constexpr int kBytesA = kTileM * kTileK * 2;
+constexpr int kBytesA = kTileM * kTileBytesK;
 constexpr int kMostStages = 8;
 
-template <int kTileN, Epilogue kEpilogue>
+template <bool kFp8>
+constexpr int kTileK = kFp8 ? 128 : 64;
+static_assert(kTileK<true> == SCALE_GROUP);
+
+template <int kTileN, Epilogue kEpilogue, bool kFp8>
 struct Shape {
   static constexpr int kWidth = kEpilogue == kSilu ? kTileN / 2 : kTileN;  // columns of c in a tile
   static constexpr int kPanel = kWidth % 64 == 0 ? 64 : 32;                // columns of a TMA store: one swizzle atom
   static constexpr int kPanels = kWidth / kPanel;
   static constexpr int kPanelBytes = kConsumerRows * kPanel * 2;
-  static constexpr int kHalfW = kTileN / 2 * kTileK * 2;  // what one TMA load brings of w
+  static constexpr int kHalfW = kTileN / 2 * kTileBytesK;  // what one TMA load brings of w
   static constexpr int kStageBytes = kBytesA + 2 * kHalfW;
   static constexpr int kBarrierBytes = (2 * kMostStages + kConsumers) * (int)sizeof(Barrier);
   static constexpr int kResultBytes = kConsumers * kPanels * kPanelBytes;  // [consumer][panel][64 rows][kPanel]
-  static constexpr int kFit = (GEMM_SHARED - kBarrierBytes - kResultBytes) / kStageBytes;
+  static constexpr int kScaleBytes = kFp8 ? (kTileM + kTileN / SCALE_ROWS) * 4 : 0;  // in a stage: of a's rows, of w's
+  static constexpr int kFit = (GEMM_SHARED - kBarrierBytes - kResultBytes) / (kStageBytes + kScaleBytes);
   static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
-  static constexpr int kResult = kStages * kStageBytes;     // offset
-  static constexpr int kBarriers = kResult + kResultBytes;  // offset: full, empty, residual
+  static constexpr int kResult = kStages * kStageBytes;              // offset
+  static constexpr int kScales = kResult + kResultBytes;             // offset: [kStages]
+  static constexpr int kBarriers = kScales + kStages * kScaleBytes;  // offset: full, empty, residual
   static_assert(kWidth % kPanel == 0 && kStages >= 3 && kStageBytes % 1024 == 0 && kPanelBytes % 1024 == 0);
 };
 
@@ -76,39 +89,86 @@ DEVICE Tile tile_at(const Walk& w, int index) {
   return {(group * tall + inside % height) * w.blocks + w.rank, inside / height};
 }
 
-template <int kTileN, Epilogue kEpilogue>
+// (fp8) Of w's scales for a stage.
+template <int kTileN>
+DEVICE int bytes_of_blocks(const GemmParams& p, Tile tile) {
+  const int first = tile.n * kTileN / SCALE_ROWS;
+  return p.w_scales.blocks ? min_int(kTileN / SCALE_ROWS, p.n / SCALE_ROWS - first) * 4 : 0;
+}
+
+// (fp8) The scales of stage `step` of k.
+template <int kTileN>
+DEVICE void load_scales(const GemmParams& p, float* to, Barrier* full, int step, Tile tile) {
+  bulk_load(to, p.a_scales + (int64_t)step * p.a_scales_stride + tile.m * kTileM, kTileM * 4, full);
+  const int bytes = bytes_of_blocks<kTileN>(p, tile);
+  const int64_t first = (int64_t)step * (p.n / SCALE_ROWS) + tile.n * kTileN / SCALE_ROWS;
+  if (bytes > 0) bulk_load(to + kTileM, p.w_scales.blocks + first, bytes, full);
+}
+
+template <int kTileN, Epilogue kEpilogue, bool kFp8>
 DEVICE void produce(const GemmParams& p, uint8_t* shared, const Barriers& barriers) {
-  using S = Shape<kTileN, kEpilogue>;
+  using S = Shape<kTileN, kEpilogue, kFp8>;
   const Walk w = walk<kTileN>(p);
   int i = 0;  // stages so far
   for (int index = w.index; index < w.count; index += w.step) {
     const Tile tile = tile_at(w, index);
-    for (int k = 0; k < p.k; k += kTileK, i++) {
-      const int stage = i % S::kStages;
+    for (int step = 0; step * kTileK<kFp8> < p.k; step++, i++) {
+      const int stage = i % S::kStages, box = step * kBoxes;
       Barrier* full = &barriers.full[stage];
       mbarrier_wait_cluster(&barriers.empty[stage], (i / S::kStages & 1) ^ 1);
-      mbarrier_arrive_expect_tx(full, S::kStageBytes);
+      if constexpr (kFp8) {
+        mbarrier_arrive_expect_tx(full, S::kStageBytes + kTileM * 4 + bytes_of_blocks<kTileN>(p, tile));
+        load_scales<kTileN>(p, (float*)(shared + S::kScales + stage * S::kScaleBytes), full, step, tile);
+      } else {
+        mbarrier_arrive_expect_tx(full, S::kStageBytes);
+      }
       uint8_t* to = shared + stage * S::kStageBytes;
-      tma_load(to, &p.a_map, full, kEvictNormal, k, tile.m * kTileM);
+      tma_load(to, &p.a_map, full, kEvictNormal, box, tile.m * kTileM);
       to += kBytesA;
       if (w.blocks == 1) {
-        tma_load(to, &p.w_map, full, kEvictNormal, k, tile.n * kTileN);
-        tma_load(to + S::kHalfW, &p.w_map, full, kEvictNormal, k, tile.n * kTileN + kTileN / 2);
+        tma_load(to, &p.w_map, full, kEvictNormal, box, tile.n * kTileN);
+        tma_load(to + S::kHalfW, &p.w_map, full, kEvictNormal, box, tile.n * kTileN + kTileN / 2);
       } else {
-        tma_load_multicast(to + w.rank * S::kHalfW, &p.w_map, full, 3, k, tile.n * kTileN + w.rank * (kTileN / 2));
+        tma_load_multicast(to + w.rank * S::kHalfW, &p.w_map, full, 3, box, tile.n * kTileN + w.rank * (kTileN / 2));
       }
     }
   }
 }
 
-// Issues the product of one stage: 64 rows of a times kTileN rows of w, over 64 k.
-template <int kTileN>
+// Issues the product of one stage: 64 rows of a times kTileN rows of w, over its k, 32 bytes at a time.
+template <int kTileN, bool kFp8>
 DEVICE void multiply_stage(float (&acc)[kTileN / 2], const uint8_t* stage, int consumer, bool accumulate) {
-  const uint64_t a = wgmma_descriptor(stage + consumer * kConsumerRows * kTileK * 2, 16, 1024, kSwizzle128);
+  const uint64_t a = wgmma_descriptor(stage + consumer * kConsumerRows * kTileBytesK, 16, 1024, kSwizzle128);
   const uint64_t w = wgmma_descriptor(stage + kBytesA, 16, 1024, kSwizzle128);
   wgmma_fence();
-  UNROLL for (int k = 0; k < kTileK / 16; k++) wgmma_ss<kTileN>(acc, a + 2 * k, w + 2 * k, accumulate || k > 0);
+  UNROLL for (int k = 0; k < kTileBytesK / 32; k++) {
+    if constexpr (kFp8)
+      wgmma_ss_e4m3<kTileN>(acc, a + 2 * k, w + 2 * k, accumulate || k > 0);
+    else
+      wgmma_ss<kTileN>(acc, a + 2 * k, w + 2 * k, accumulate || k > 0);
+  }
   wgmma_commit();
+}
+
+// (fp8) Adds a stage's sums, scaled, to those of the tile. `of_w`: the first `blocks` have come.
+template <int kTileN>
+DEVICE void add_scaled(float (&acc)[kTileN / 2], const float (&sums)[kTileN / 2], const float (&of_a)[2],
+                       const float* of_w, int blocks) {
+  UNROLL for (int j = 0; j < kTileN / SCALE_ROWS; j++) {
+    const float w = j < blocks ? of_w[j] : 1.f;
+    UNROLL for (int i = 0; i < 4; i++) acc[4 * j + i] += sums[4 * j + i] * (of_a[i / 2] * w);
+  }
+}
+
+// (fp8) Scales of w's rows, which are c's columns.
+template <int kTileN>
+DEVICE void scale_columns(const GemmParams& p, float (&acc)[kTileN / 2], int first_column) {
+  if (!p.w_scales.rows) return;
+  UNROLL for (int j = 0; j < kTileN / 8; j++) {
+    const int column = first_column + 8 * j + 2 * (lane_id() % 4);
+    if (column >= p.n) break;
+    UNROLL for (int i = 0; i < 4; i++) acc[4 * j + i] *= p.w_scales.rows[column + i % 2];
+  }
 }
 
 // One arrival per warp, at every block of the cluster.
@@ -146,10 +206,10 @@ DEVICE void finish_silu(const float* gate, const float* up, uint32_t* packed) {
 }
 
 // The warpgroup's 64 rows of the tile, from its accumulators to the first `panels` of `result`, where the residual may be.
-template <int kTileN, Epilogue kEpilogue>
+template <int kTileN, Epilogue kEpilogue, bool kFp8>
 DEVICE void write_result(const GemmParams& p, uint8_t* result, int panels, const float (&acc)[kTileN / 2],
                          int first_column) {
-  using S = Shape<kTileN, kEpilogue>;
+  using S = Shape<kTileN, kEpilogue, kFp8>;
   const int lane = lane_id(), first_row = warp_id() % 4 * 16;
   UNROLL for (int panel = 0; panel < S::kPanels; panel++, result += S::kPanelBytes) {
     if (panel >= panels) continue;
@@ -175,9 +235,9 @@ DEVICE void write_result(const GemmParams& p, uint8_t* result, int panels, const
   }
 }
 
-template <int kTileN, Epilogue kEpilogue>
+template <int kTileN, Epilogue kEpilogue, bool kFp8>
 DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barriers) {
-  using S = Shape<kTileN, kEpilogue>;
+  using S = Shape<kTileN, kEpilogue, kFp8>;
   const int consumer = warp_id() / 4 - 1;
   const bool storer = thread_idx() % kWarpgroup == 0;
   const int width = kEpilogue == kSilu ? p.n / 2 : p.n;
@@ -185,7 +245,7 @@ DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barrie
   Barrier* residual = &barriers.residual[consumer];
   const Walk w = walk<kTileN>(p);
   // The residual is asked for a little after the tile's beginning, when the stores of the last tile have left its place.
-  const int ask = min_int(2 * kTileK, p.k - kTileK);
+  const int steps = ceil_div(p.k, kTileK<kFp8>), ask = min_int(2, steps - 1);
   uint32_t residual_parity = 0;
   int i = 0;  // stages so far
   for (int index = w.index; index < w.count; index += w.step) {
@@ -193,11 +253,18 @@ DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barrie
     const int row = tile.m * kTileM + consumer * kConsumerRows, column = tile.n * S::kWidth;
     const int panels = min_int(S::kPanels, ceil_div(width - column, S::kPanel));
     float acc[kTileN / 2];
-    for (int k = 0; k < p.k; k += kTileK, i++) {
+    if constexpr (kFp8) {
+      UNROLL for (int j = 0; j < kTileN / 2; j++) acc[j] = 0.f;
+    }
+    for (int step = 0; step < steps; step++, i++) {
       const int stage = i % S::kStages;
       mbarrier_wait(&barriers.full[stage], i / S::kStages & 1);
-      multiply_stage<kTileN>(acc, shared + stage * S::kStageBytes, consumer, k > 0);
-      if (kEpilogue == kResidual && k == ask && storer) {
+      float sums[kFp8 ? kTileN / 2 : 1];
+      if constexpr (kFp8)
+        multiply_stage<kTileN, true>(sums, shared + stage * S::kStageBytes, consumer, false);
+      else
+        multiply_stage<kTileN, false>(acc, shared + stage * S::kStageBytes, consumer, step > 0);
+      if (kEpilogue == kResidual && step == ask && storer) {
         bulk_wait_read<0>();
         mbarrier_arrive_expect_tx(residual, panels * S::kPanelBytes);
         UNROLL for (int panel = 0; panel < S::kPanels; panel++) {
@@ -206,11 +273,25 @@ DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barrie
                      column + panel * S::kPanel, row);
         }
       }
-      wgmma_wait<1>();
-      if (k > 0) release(&barriers.empty[(i - 1) % S::kStages], w.blocks);
+      if constexpr (kFp8) {
+        const float* scales = (const float*)(shared + S::kScales + stage * S::kScaleBytes);
+        const int row_in_tile = consumer * kConsumerRows + warp_id() % 4 * 16 + lane_id() / 4;
+        const float of_a[2] = {scales[row_in_tile], scales[row_in_tile + 8]};
+        wgmma_wait<0>();
+        add_scaled<kTileN>(acc, sums, of_a, scales + kTileM, bytes_of_blocks<kTileN>(p, tile) / 4);
+        sync_warp();  // others read scales, too
+        release(&barriers.empty[stage], w.blocks);
+      } else {
+        wgmma_wait<1>();
+        if (step > 0) release(&barriers.empty[(i - 1) % S::kStages], w.blocks);
+      }
     }
-    wgmma_wait<0>();
-    release(&barriers.empty[(i - 1) % S::kStages], w.blocks);
+    if constexpr (kFp8) {
+      scale_columns<kTileN>(p, acc, tile.n * kTileN);
+    } else {
+      wgmma_wait<0>();
+      release(&barriers.empty[(i - 1) % S::kStages], w.blocks);
+    }
 
     if (kEpilogue == kResidual) {
       mbarrier_wait(residual, residual_parity);
@@ -219,7 +300,7 @@ DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barrie
       if (storer) bulk_wait_read<0>();
       named_barrier_sync(1 + consumer, kWarpgroup);
     }
-    write_result<kTileN, kEpilogue>(p, result, panels, acc, tile.n * kTileN);
+    write_result<kTileN, kEpilogue, kFp8>(p, result, panels, acc, tile.n * kTileN);
     fence_proxy_async();
     named_barrier_sync(1 + consumer, kWarpgroup);
     if (storer) {
@@ -232,9 +313,9 @@ DEVICE void consume(const GemmParams& p, uint8_t* shared, const Barriers& barrie
   if (storer) bulk_wait<0>();
 }
 
-template <int kTileN, Epilogue kEpilogue>
+template <int kTileN, Epilogue kEpilogue, bool kFp8 = false>
 DEVICE void gemm(const GemmParams& p) {
-  using S = Shape<kTileN, kEpilogue>;
+  using S = Shape<kTileN, kEpilogue, kFp8>;
   pdl_launch_dependents();
   uint8_t* shared = shared_memory();
   Barrier* first = (Barrier*)(shared + S::kBarriers);
@@ -259,11 +340,11 @@ DEVICE void gemm(const GemmParams& p) {
 
   if (warp_id() < 4) {
     registers_decrease<40>();
-    if (thread_idx() == 0) produce<kTileN, kEpilogue>(p, shared, barriers);
+    if (thread_idx() == 0) produce<kTileN, kEpilogue, kFp8>(p, shared, barriers);
     sync_warp();
   } else {
     registers_increase<232>();
-    consume<kTileN, kEpilogue>(p, shared, barriers);
+    consume<kTileN, kEpilogue, kFp8>(p, shared, barriers);
     sync_warp();
   }
   // The other block may still arrive at the barriers of this one.
@@ -290,3 +371,14 @@ KERNEL(gemm_residual_n256, GemmParams, GEMM_THREADS) { gemm<256, kResidual>(p); 
 KERNEL(gemm_silu_n128, GemmParams, GEMM_THREADS) { gemm<128, kSilu>(p); }
 KERNEL(gemm_silu_n192, GemmParams, GEMM_THREADS) { gemm<192, kSilu>(p); }
 KERNEL(gemm_silu_n256, GemmParams, GEMM_THREADS) { gemm<256, kSilu>(p); }
+KERNEL(gemm_fp8_n96, GemmParams, GEMM_THREADS) { gemm<96, kPlain, true>(p); }
+KERNEL(gemm_fp8_n128, GemmParams, GEMM_THREADS) { gemm<128, kPlain, true>(p); }
+KERNEL(gemm_fp8_n192, GemmParams, GEMM_THREADS) { gemm<192, kPlain, true>(p); }
+KERNEL(gemm_fp8_bias_n96, GemmParams, GEMM_THREADS) { gemm<96, kBias, true>(p); }
+KERNEL(gemm_fp8_bias_n128, GemmParams, GEMM_THREADS) { gemm<128, kBias, true>(p); }
+KERNEL(gemm_fp8_bias_n192, GemmParams, GEMM_THREADS) { gemm<192, kBias, true>(p); }
+KERNEL(gemm_fp8_residual_n96, GemmParams, GEMM_THREADS) { gemm<96, kResidual, true>(p); }
+KERNEL(gemm_fp8_residual_n128, GemmParams, GEMM_THREADS) { gemm<128, kResidual, true>(p); }
+KERNEL(gemm_fp8_residual_n192, GemmParams, GEMM_THREADS) { gemm<192, kResidual, true>(p); }
+KERNEL(gemm_fp8_silu_n128, GemmParams, GEMM_THREADS) { gemm<128, kSilu, true>(p); }
+KERNEL(gemm_fp8_silu_n192, GemmParams, GEMM_THREADS) { gemm<192, kSilu, true>(p); }

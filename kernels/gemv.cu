@@ -13,113 +13,172 @@
 // anywhere; a tile that is cut has its parts summed, in the order of k, by whichever block finishes last.
 // Block: one thread keeps a ring of steps in flight by TMA (16 KB of weights each, 48 to 80 KB: more than hides the latency
 // of HBM) and fills it *before* waiting for the previous kernel, which has yet to write x; one warpgroup multiplies.
+//
+// gemv_fp8_*: w in e4m3 with scales (fp8.cuh). A step is as many bytes and 256 k. x stays bf16 wherever it comes from and becomes
+// e4m3 here: a warp takes a token at a time, 8 k a lane, straight from L2 into registers while the step before is multiplied, normalises,
+// finds the largest of each SCALE_GROUP and leaves the tile in shared memory, one of two by turns. That each block does this anew
+// costs nothing while it is shorter than the 650 ns in which a step's weights come: 64 rows take two warpgroups, of 32 rows each.
+// The sums of each SCALE_GROUP, which the tensor cores keep to 14 bits, are scaled and added up in fp32 (as in gemm.cu).
 #include "epilogue.cuh"
+#include "fp8.cuh"
 #include "rope.cuh"
 
 namespace {
 
-constexpr int kTileRows = 64;  // rows of w
-constexpr int kStepK = 128;    // two boxes of 64 k
-constexpr int kBoxK = 64;
-constexpr int kConsumers = 128;  // threads
-constexpr int kConsumerWarps = kConsumers / kWarp;
-constexpr int kConsumerBarrier = 1;
-constexpr int kBytesW = kTileRows * kStepK * 2;
-constexpr int kBytesNorm = kStepK * 2;
+constexpr int kTileRows = 64;    // rows of w
+constexpr int kStepBytes = 256;  // of a row of w in a step: two boxes
+constexpr int kBoxBytes = kStepBytes / 2;
+constexpr int kBoxK = 64;  // elements of 16 bits in a box, which is how maps count
+constexpr int kWarpgroup = 128;
+constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
+constexpr int kBytesW = kTileRows * kStepBytes;
 
-template <int kTokens>
+constexpr int kConsumerBarrier = 1;  // of all that multiply; of their warpgroups, where there are two: 2 and 3
+
+template <int kTokens, bool kFp8>
 struct GemvShape {
-  static constexpr int kBytesX = kTokens * kStepK * 2;
+  static constexpr int kWarpgroups = kFp8 && kTokens == 64 ? 2 : 1;
+  static constexpr int kConsumers = kWarpgroups * kWarpgroup;  // threads that multiply
+  static constexpr int kColumns = kTokens / kWarpgroups;       // tokens of a warpgroup
+  static constexpr int kStepK = kFp8 ? kStepBytes : kStepBytes / 2;
+  static constexpr int kBytesX = kFp8 ? 0 : kTokens * kStepK * 2;                 // in a stage
+  static constexpr int kBytesNorm = kFp8 ? 0 : kStepK * 2;                        // in a stage
+  static constexpr int kBytesBlocks = kFp8 ? 2 * kTileRows / SCALE_ROWS * 4 : 0;  // in a stage: w's scales [box][8]
+  static constexpr int kBytesTile = kFp8 ? kColumns * kStepBytes : 0;  // x in e4m3: [box][kColumns], swizzled
   static constexpr int kStageBytes = kBytesW + kBytesX;
-  static constexpr int kStages = kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3;
-  static constexpr int kNorm = kStages * kStageBytes;          // offset: norm weights, [kStages][kStepK]
-  static constexpr int kScale = kNorm + kStages * kBytesNorm;  // offset: 1 / root mean square, [kTokens] floats
-  static constexpr int kSquares = kScale + kTokens * 4;        // offset: sums of squares, [warp][kTokens] floats
-  static constexpr int kBarriers = kSquares + kConsumerWarps * kTokens * 4;  // offset: full, then empty, [kStages] each
-  static constexpr int kTicket = kBarriers + 2 * kStages * (int)sizeof(Barrier);  // offset: the ticket drawn, 16 bytes
+  static constexpr int kStages = kFp8 || kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3;
+  // Offsets.
+  static constexpr int kTiles = kStages * kStageBytes;                   // [warpgroup][2], tiles of x
+  static constexpr int kNorm = kTiles + kWarpgroups * 2 * kBytesTile;    // norm weights, [kStages][kStepK]
+  static constexpr int kBlocks = kNorm + kStages * kBytesNorm;           // [kStages]
+  static constexpr int kTokenScales = kBlocks + kStages * kBytesBlocks;  // of the tiles of x: [2][box][kTokens] floats
+  static constexpr int kScale = kTokenScales + (kFp8 ? 4 * kTokens * 4 : 0);  // 1 / root mean square, [kTokens] floats
+  static constexpr int kSquares = kScale + kTokens * 4;                       // sums of squares, [warp][kTokens] floats
+  static constexpr int kBarriers = kSquares + kWarpgroupWarps * kTokens * 4;  // full, then empty, [kStages] each
+  static constexpr int kTicket = kBarriers + 2 * kStages * (int)sizeof(Barrier);  // the ticket drawn, 16 bytes
   static constexpr int kShared = kTicket + 16;
 };
-static_assert(GemvShape<8>::kShared == GEMV_SHARED_M8 && GemvShape<16>::kShared == GEMV_SHARED_M16 &&
-              GemvShape<32>::kShared == GEMV_SHARED_M32 && GemvShape<64>::kShared == GEMV_SHARED_M64);
+static_assert(GemvShape<8, false>::kShared == GEMV_SHARED_M8 && GemvShape<16, false>::kShared == GEMV_SHARED_M16 &&
+              GemvShape<32, false>::kShared == GEMV_SHARED_M32 && GemvShape<64, false>::kShared == GEMV_SHARED_M64);
+static_assert(GemvShape<8, true>::kShared == GEMV_FP8_SHARED_M8 &&
+              GemvShape<16, true>::kShared == GEMV_FP8_SHARED_M16 &&
+              GemvShape<32, true>::kShared == GEMV_FP8_SHARED_M32 &&
+              GemvShape<64, true>::kShared == GEMV_FP8_SHARED_M64);
+
+// Which warpgroup this is of those that multiply. Barriers are constants, because ptxas counts them.
+template <typename Shape>
+DEVICE int warpgroup() {
+  return Shape::kWarpgroups == 1 ? 0 : thread_idx() / kWarpgroup;
+}
+template <typename Shape>
+DEVICE void sync_warpgroup() {
+  if (Shape::kWarpgroups == 1)
+    named_barrier_sync(kConsumerBarrier, kWarpgroup);
+  else if (warpgroup<Shape>() == 0)
+    named_barrier_sync(kConsumerBarrier + 1, kWarpgroup);
+  else
+    named_barrier_sync(kConsumerBarrier + 2, kWarpgroup);
+}
 
 // Which steps belong to which block.
 struct Deal {
   uint32_t tiles, per_tile;  // steps of a tile
 };
 
-DEVICE Deal deal(const GemvParams& p) { return {(uint32_t)ceil_div(p.n, kTileRows), (uint32_t)ceil_div(p.k, kStepK)}; }
+template <bool kFp8>
+DEVICE Deal deal(const GemvParams& p) {
+  return {(uint32_t)ceil_div(p.n, kTileRows), (uint32_t)ceil_div(p.k, GemvShape<8, kFp8>::kStepK)};
+}
 // First step of a block; of the block behind the last one: the number of steps. Needs steps * grid_x < 2^32.
 DEVICE uint32_t first_step(const Deal& d, uint32_t block) { return block * (d.tiles * d.per_tile) / grid_x(); }
 DEVICE uint32_t block_of(const Deal& d, uint32_t step) { return ((step + 1) * grid_x() - 1) / (d.tiles * d.per_tile); }
 
 // ---- the loading thread ----
 
-template <int kTokens, bool kNorm>
-DEVICE void load_weights(const GemvParams& p, uint8_t* shared, int stage, Barrier* full, uint32_t tile, uint32_t step) {
-  using Shape = GemvShape<kTokens>;
-  uint8_t* to = shared + stage * Shape::kStageBytes;
-  const int norm_bytes = kNorm ? min_int(kStepK, p.k - step * kStepK) * 2 : 0;
-  mbarrier_arrive_expect_tx(full, Shape::kStageBytes + norm_bytes);
-  UNROLL for (int box = 0; box < 2; box++)
-      tma_load(to + box * (kBytesW / 2), &p.w_map, full, kEvictFirst, step * kStepK + box * kBoxK, tile * kTileRows);
-  if (kNorm) bulk_load(shared + Shape::kNorm + stage * kBytesNorm, p.norm + step * kStepK, norm_bytes, full);
+// w's block scales of a step: of the boxes that begin within k.
+DEVICE int boxes_within(const GemvParams& p, uint32_t step) {
+  return min_int(2, ceil_div(p.k, SCALE_GROUP) - (int)step * 2);
 }
 
-template <int kTokens>
+template <int kTokens, bool kNorm, bool kFp8>
+DEVICE void load_weights(const GemvParams& p, uint8_t* shared, int stage, Barrier* full, uint32_t tile, uint32_t step) {
+  using Shape = GemvShape<kTokens, kFp8>;
+  constexpr int kBlockBytes = kTileRows / SCALE_ROWS * 4;
+  uint8_t* to = shared + stage * Shape::kStageBytes;
+  const bool norm = kNorm && !kFp8;
+  const int norm_bytes = norm ? min_int(Shape::kStepK, p.k - step * Shape::kStepK) * 2 : 0;
+  const int boxes = kFp8 && p.scales.blocks ? boxes_within(p, step) : 0;
+  mbarrier_arrive_expect_tx(full, Shape::kStageBytes + norm_bytes + boxes * kBlockBytes);
+  UNROLL for (int box = 0; box < 2; box++)
+      tma_load(to + box * (kBytesW / 2), &p.w_map, full, kEvictFirst, (step * 2 + box) * kBoxK, tile * kTileRows);
+  if (norm)
+    bulk_load(shared + Shape::kNorm + stage * Shape::kBytesNorm, p.norm + step * Shape::kStepK, norm_bytes, full);
+  for (int box = 0; box < boxes; box++) {
+    const int64_t first = (int64_t)(step * 2 + box) * (p.n / SCALE_ROWS) + tile * (kTileRows / SCALE_ROWS);
+    bulk_load(shared + Shape::kBlocks + stage * Shape::kBytesBlocks + box * kBlockBytes, p.scales.blocks + first,
+              kBlockBytes, full);
+  }
+}
+
+template <int kTokens, bool kFp8>
 DEVICE void load_x(const GemvParams& p, uint8_t* shared, int stage, Barrier* full, uint32_t step) {
-  using Shape = GemvShape<kTokens>;
+  using Shape = GemvShape<kTokens, kFp8>;
+  if (kFp8) return;  // by those who quantise it
   uint8_t* to = shared + stage * Shape::kStageBytes + kBytesW;
   UNROLL for (int box = 0; box < 2; box++)
-      tma_load(to + box * (Shape::kBytesX / 2), &p.x_map, full, kEvictLast, step * kStepK + box * kBoxK, 0);
+      tma_load(to + box * (Shape::kBytesX / 2), &p.x_map, full, kEvictLast, (step * 2 + box) * kBoxK, 0);
 }
 
-template <int kTokens, bool kNorm>
+template <int kTokens, bool kNorm, bool kFp8>
 DEVICE void produce(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
-  constexpr int kStages = GemvShape<kTokens>::kStages;
-  const Deal d = deal(p);
+  constexpr int kStages = GemvShape<kTokens, kFp8>::kStages;
+  const Deal d = deal<kFp8>(p);
   const uint32_t begin = first_step(d, block_x()), count = first_step(d, block_x() + 1) - begin;
   const uint32_t filled = min_int(count, kStages);
   for (uint32_t i = 0; i < filled; i++)
-    load_weights<kTokens, kNorm>(p, shared, i, &full[i], (begin + i) / d.per_tile, (begin + i) % d.per_tile);
+    load_weights<kTokens, kNorm, kFp8>(p, shared, i, &full[i], (begin + i) / d.per_tile, (begin + i) % d.per_tile);
   pdl_wait();
-  for (uint32_t i = 0; i < filled; i++) load_x<kTokens>(p, shared, i, &full[i], (begin + i) % d.per_tile);
+  for (uint32_t i = 0; i < filled; i++) load_x<kTokens, kFp8>(p, shared, i, &full[i], (begin + i) % d.per_tile);
   for (uint32_t i = filled; i < count; i++) {
     const uint32_t stage = i % kStages;
     mbarrier_wait(&empty[stage], (i / kStages & 1) ^ 1);
-    load_weights<kTokens, kNorm>(p, shared, stage, &full[stage], (begin + i) / d.per_tile, (begin + i) % d.per_tile);
-    load_x<kTokens>(p, shared, stage, &full[stage], (begin + i) % d.per_tile);
+    load_weights<kTokens, kNorm, kFp8>(p, shared, stage, &full[stage], (begin + i) / d.per_tile,
+                                       (begin + i) % d.per_tile);
+    load_x<kTokens, kFp8>(p, shared, stage, &full[stage], (begin + i) % d.per_tile);
   }
 }
 
 // ---- the norm ----
 
-// scale[token] = 1 / sqrt(mean of squares + eps) of a row of x; 0 for padding rows.
-template <int kTokens>
+// scale[token] = 1 / sqrt(mean of squares + eps) of a row of x; 0 for padding rows. Of the warpgroup's tokens.
+template <int kTokens, bool kFp8>
 DEVICE void row_scales(const GemvParams& p, float* scale) {
+  using Shape = GemvShape<kTokens, kFp8>;
   const int parts = p.k / kTileRows;
-  UNROLL for (int i = 0; i < kTokens / kConsumerWarps; i++) {
-    const int token = i * kConsumerWarps + warp_id();
+  UNROLL for (int i = 0; i < Shape::kColumns / kWarpgroupWarps; i++) {
+    const int token = warpgroup<Shape>() * Shape::kColumns + i * kWarpgroupWarps + warp_id() % kWarpgroupWarps;
     float sum = 0.f;
     if (token < p.rows)
       for (int part = lane_id(); part < parts; part += kWarp) sum += p.squares[token * parts + part];
     sum = warp_sum(sum);
     if (lane_id() == 0) scale[token] = token < p.rows ? rsqrt_approx(sum / p.k + p.eps) : 0.f;
   }
-  named_barrier_sync(kConsumerBarrier, kConsumers);
+  sync_warpgroup<Shape>();
 }
 
 // Normalises a step of x in place: 16 vectors of 8 for each token, so that a thread always has the same 8 of the weights.
 template <int kTokens>
 DEVICE void normalise(const GemvParams& p, uint8_t* x, const uint16_t* norm, const float* scale, uint32_t step) {
-  constexpr int kVectors = kStepK / 8;
+  using Shape = GemvShape<kTokens, false>;
+  constexpr int kVectors = Shape::kStepK / 8;
   const int vector = thread_idx() % kVectors;
-  if ((int)(step * kStepK) + vector * 8 < p.k) {
+  if ((int)(step * Shape::kStepK) + vector * 8 < p.k) {
     float weight[8];
     unpack8(load8(norm + vector * 8), weight);
-    UNROLL for (int i = 0; i < kTokens / (kConsumers / kVectors); i++) {
-      const int token = i * (kConsumers / kVectors) + thread_idx() / kVectors;
-      uint16_t* at = (uint16_t*)(x + vector / 8 * (GemvShape<kTokens>::kBytesX / 2) + token * (kBoxK * 2) +
-                                 (vector % 8 ^ token % 8) * 16);
+    UNROLL for (int i = 0; i < kTokens / (kWarpgroup / kVectors); i++) {
+      const int token = i * (kWarpgroup / kVectors) + thread_idx() / kVectors;
+      uint16_t* at =
+          (uint16_t*)(x + vector / 8 * (Shape::kBytesX / 2) + token * kBoxBytes + (vector % 8 ^ token % 8) * 16);
       float v[8];
       unpack8(load8(at), v);
       UNROLL for (int j = 0; j < 8; j++) v[j] = round_bf16(v[j] * scale[token]) * weight[j];
@@ -127,35 +186,91 @@ DEVICE void normalise(const GemvParams& p, uint8_t* x, const uint16_t* norm, con
     }
   }
   fence_proxy_async();
-  named_barrier_sync(kConsumerBarrier, kConsumers);
+  sync_warpgroup<Shape>();
+}
+
+// ---- fp8: x on its way ----
+
+// What a lane has of a step: 8 neighbours in k of each token of its warp, and of the norm weights.
+template <int kTokens>
+struct Neighbours {
+  static constexpr int kCount = GemvShape<kTokens, true>::kColumns / kWarpgroupWarps;
+  Bf16x8 x[kCount];
+  Bf16x8 norm;
+};
+
+// The i-th token of this warp.
+template <int kTokens>
+DEVICE int token_of(int i) {
+  using Shape = GemvShape<kTokens, true>;
+  return warpgroup<Shape>() * Shape::kColumns + i * kWarpgroupWarps + warp_id() % kWarpgroupWarps;
+}
+
+template <int kTokens, bool kNorm>
+DEVICE void read_x(const GemvParams& p, uint32_t step, Neighbours<kTokens>& n) {
+  const int k = step * kStepBytes + lane_id() * 8;
+  UNROLL for (int i = 0; i < Neighbours<kTokens>::kCount; i++) {
+    n.x[i] = Bf16x8{};
+    if (k < p.k && token_of<kTokens>(i) < p.rows) n.x[i] = load8(p.x + (int64_t)token_of<kTokens>(i) * p.k + k);
+  }
+  if (kNorm && k < p.k) n.norm = load8(p.norm + k);
+}
+
+// Normalises and quantises it: to `tile` as wgmma wants it, and the scales [box][kTokens].
+template <int kTokens, bool kNorm>
+DEVICE void quantise(const GemvParams& p, const Neighbours<kTokens>& n, const float* scale, uint32_t step,
+                     uint8_t* tile, float* token_scales) {
+  using Shape = GemvShape<kTokens, true>;
+  const int box = lane_id() / kGroupLanes, inside = lane_id() % kGroupLanes;
+  const bool within = (int)step * kStepBytes + lane_id() * 8 < p.k;
+  float norm[8];
+  if (kNorm) unpack8(n.norm, norm);
+  UNROLL for (int i = 0; i < Neighbours<kTokens>::kCount; i++) {
+    const int token = token_of<kTokens>(i), row = token % Shape::kColumns;
+    float v[8];
+    unpack8(n.x[i], v);
+    if (kNorm && within) {
+      UNROLL for (int j = 0; j < 8; j++) v[j] = round_bf16(round_bf16(v[j] * scale[token]) * norm[j]);
+    }
+    const float most = group_max(largest(v));
+    uint8_t* at =
+        tile + box * (Shape::kBytesTile / 2) + row * kBoxBytes + ((inside / 2 ^ row % 8) * 16) + inside % 2 * 8;
+    store_e4m3(at, v, quantise_factor(most));
+    if (inside == 0) token_scales[box * kTokens + token] = scale_of(most);
+  }
+  fence_proxy_async();
+  sync_warpgroup<Shape>();
 }
 
 // ---- the sums ----
 
 // Where a block keeps its part of a cut tile: of the tile that began before the block's share, or of the one that begins
-// inside of it. The parts are laid out as the accumulators are: [kTokens / 2][kConsumers].
-template <int kTokens>
+// inside of it. The parts are laid out as the accumulators are: [kColumns / 2][kConsumers].
+template <int kTokens, bool kFp8>
 DEVICE float* part(const GemvParams& p, const Deal& d, uint32_t block, uint32_t tile) {
   const uint32_t slot = 2 * block + (tile * d.per_tile >= first_step(d, block));
   return p.partial + (int64_t)slot * (kTokens * kTileRows) + thread_idx();
 }
 
 // Publishes this block's part of a cut tile. The last of the tile's blocks to come here gets true, and the whole sum.
-template <int kTokens>
-DEVICE bool merge(const GemvParams& p, const Deal& d, uint32_t tile, uint32_t* ticket, float (&acc)[kTokens / 2]) {
+template <int kTokens, bool kFp8>
+DEVICE bool merge(const GemvParams& p, const Deal& d, uint32_t tile, uint32_t* ticket,
+                  float (&acc)[GemvShape<kTokens, kFp8>::kColumns / 2]) {
+  using Shape = GemvShape<kTokens, kFp8>;
+  constexpr int kSums = Shape::kColumns / 2, kConsumers = Shape::kConsumers;
   const uint32_t first = block_of(d, tile * d.per_tile), last = block_of(d, (tile + 1) * d.per_tile - 1);
-  float* mine = part<kTokens>(p, d, block_x(), tile);
-  UNROLL for (int i = 0; i < kTokens / 2; i++) mine[i * kConsumers] = acc[i];
+  float* mine = part<kTokens, kFp8>(p, d, block_x(), tile);
+  UNROLL for (int i = 0; i < kSums; i++) mine[i * kConsumers] = acc[i];
   fence_device();
   named_barrier_sync(kConsumerBarrier, kConsumers);
   if (thread_idx() == 0) *ticket = atomic_ticket(&p.ticket[tile], last - first);
   named_barrier_sync(kConsumerBarrier, kConsumers);
   if (*ticket != last - first) return false;
   fence_device();
-  UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] = 0.f;
+  UNROLL for (int i = 0; i < kSums; i++) acc[i] = 0.f;
   for (uint32_t block = first; block <= last; block++) {
-    const float* theirs = part<kTokens>(p, d, block, tile);
-    UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] += theirs[i * kConsumers];
+    const float* theirs = part<kTokens, kFp8>(p, d, block, tile);
+    UNROLL for (int i = 0; i < kSums; i++) acc[i] += theirs[i * kConsumers];
   }
   return true;
 }
@@ -198,59 +313,118 @@ DEVICE float add_pair(const GemvParams& p, uint16_t* c, int column, const float 
 }
 
 // The sums of squares of this tile's 64 columns, from those of each thread's columns: over the lanes that share a token, then
-// over the warps in order.
-template <int kTokens>
-DEVICE void store_squares(const GemvParams& p, int tile, float* scratch, const float (&squares)[kTokens / 4]) {
-  UNROLL for (int i = 0; i < kTokens / 4; i++) {
+// over the warps in order. Of the warpgroup's tokens.
+template <int kTokens, bool kFp8>
+DEVICE void store_squares(const GemvParams& p, int tile, float* scratch,
+                          const float (&squares)[GemvShape<kTokens, kFp8>::kColumns / 4]) {
+  using Shape = GemvShape<kTokens, kFp8>;
+  constexpr int kColumns = Shape::kColumns;
+  scratch += warpgroup<Shape>() * kWarpgroupWarps * kColumns;
+  UNROLL for (int i = 0; i < kColumns / 4; i++) {
     float x = squares[i];
     UNROLL for (int m = 4; m < kWarp; m *= 2) x += shfl_xor(x, m);
-    if (lane_id() < 4) scratch[warp_id() * kTokens + i / 2 * 8 + lane_id() * 2 + i % 2] = x;
+    if (lane_id() < 4) scratch[warp_id() % kWarpgroupWarps * kColumns + i / 2 * 8 + lane_id() * 2 + i % 2] = x;
   }
-  named_barrier_sync(kConsumerBarrier, kConsumers);
-  const int token = thread_idx();
-  if (token < kTokens && token < p.rows) {
+  sync_warpgroup<Shape>();
+  const int column = thread_idx() % kWarpgroup, token = warpgroup<Shape>() * kColumns + column;
+  if (column < kColumns && token < p.rows) {
     float sum = 0.f;
-    UNROLL for (int w = 0; w < kConsumerWarps; w++) sum += scratch[w * kTokens + token];
+    UNROLL for (int w = 0; w < kWarpgroupWarps; w++) sum += scratch[w * kColumns + column];
     p.squares_out[token * (p.n / kTileRows) + tile] = sum;
   }
-  named_barrier_sync(kConsumerBarrier, kConsumers);
+  sync_warpgroup<Shape>();
 }
 
-template <int kTokens, Epilogue kEpilogue>
-DEVICE void store(const GemvParams& p, int tile, float* scratch, const float (&acc)[kTokens / 2]) {
-  const int column = tile * kTileRows + warp_id() * 16 + lane_id() / 4;
-  float squares[kTokens / 4];
-  UNROLL for (int i = 0; i < kTokens / 4; i++) {
+template <int kTokens, Epilogue kEpilogue, bool kFp8>
+DEVICE void store(const GemvParams& p, int tile, float* scratch,
+                  const float (&acc)[GemvShape<kTokens, kFp8>::kColumns / 2]) {
+  using Shape = GemvShape<kTokens, kFp8>;
+  constexpr int kColumns = Shape::kColumns;
+  const int warp = warp_id() % kWarpgroupWarps;
+  const int column = tile * kTileRows + warp * 16 + lane_id() / 4;
+  float scale[2] = {1.f, 1.f};
+  if (kFp8 && p.scales.rows && column < p.n) {
+    UNROLL for (int half = 0; half < 2; half++) scale[half] = p.scales.rows[column + 8 * half];
+  }
+  float squares[kColumns / 4];
+  UNROLL for (int i = 0; i < kColumns / 4; i++) {
     squares[i] = 0.f;
-    const int token = i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+    const int token = warpgroup<Shape>() * kColumns + i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
     if (token >= p.rows) continue;
-    const float x[2] = {acc[i / 2 * 4 + i % 2], acc[i / 2 * 4 + i % 2 + 2]};
+    float x[2] = {acc[i / 2 * 4 + i % 2], acc[i / 2 * 4 + i % 2 + 2]};
+    if (kFp8) x[0] *= scale[0], x[1] *= scale[1];
     if (kEpilogue == kPlain) store_pair(p, p.c + token * p.n, column, x);
     if (kEpilogue == kRope) store_rotated(p, token, column, x);
     if (kEpilogue == kResidual) squares[i] = add_pair(p, p.c + token * p.n, column, x);
     if (kEpilogue == kSilu && column < p.n)
-      p.c[token * (p.n / 2) + tile * (kTileRows / 2) + warp_id() * 8 + lane_id() / 4] =
+      p.c[token * (p.n / 2) + tile * (kTileRows / 2) + warp * 8 + lane_id() / 4] =
           float_to_bf16(silu_times(x[0], x[1]));
     if (kEpilogue == kLogits && column < p.n) {
       p.logits[(int64_t)token * p.n + column] = x[0];
       p.logits[(int64_t)token * p.n + column + 8] = x[1];
     }
   }
-  if (kEpilogue == kResidual) store_squares<kTokens>(p, tile, scratch, squares);
+  if (kEpilogue == kResidual) store_squares<kTokens, kFp8>(p, tile, scratch, squares);
+}
+
+// One step: 64 rows of w times kTokens rows of x.
+template <int kTokens>
+DEVICE void multiply(float (&acc)[kTokens / 2], const uint8_t* w, const uint8_t* x, bool accumulate) {
+  wgmma_fence();
+  UNROLL for (int box = 0; box < 2; box++) {
+    const uint64_t a = wgmma_descriptor(w + box * (kBytesW / 2), 16, 1024, kSwizzle128);
+    const uint64_t b = wgmma_descriptor(x + box * (kTokens * kBoxBytes), 16, 1024, kSwizzle128);
+    UNROLL for (int k = 0; k < kBoxBytes / 32; k++)
+        wgmma_ss<kTokens>(acc, a + 2 * k, b + 2 * k, accumulate || box > 0 || k > 0);
+  }
+  wgmma_commit();
+}
+
+// The same in e4m3, each box by itself.
+template <int kColumns>
+DEVICE void multiply_e4m3(float (&sums)[2][kColumns / 2], const uint8_t* w, const uint8_t* x) {
+  wgmma_fence();
+  UNROLL for (int box = 0; box < 2; box++) {
+    const uint64_t a = wgmma_descriptor(w + box * (kBytesW / 2), 16, 1024, kSwizzle128);
+    const uint64_t b = wgmma_descriptor(x + box * (kColumns * kBoxBytes), 16, 1024, kSwizzle128);
+    UNROLL for (int k = 0; k < kBoxBytes / 32; k++) wgmma_ss_e4m3<kColumns>(sums[box], a + 2 * k, b + 2 * k, k > 0);
+  }
+  wgmma_commit();
+}
+
+// Adds a step's sums, scaled. `of_w`: [box][8], or null; `of_x`: [box][kTokens], from the warpgroup's first token on.
+template <int kTokens, int kColumns>
+DEVICE void add_scaled(float (&acc)[kColumns / 2], const float (&sums)[2][kColumns / 2], const float* of_w, int boxes,
+                       const float* of_x) {
+  UNROLL for (int box = 0; box < 2; box++) {
+    if (box >= boxes) continue;
+    float w[2] = {1.f, 1.f};
+    if (of_w) {
+      UNROLL for (int half = 0; half < 2; half++) w[half] =
+          of_w[box * (kTileRows / SCALE_ROWS) + warp_id() % kWarpgroupWarps * 2 + half];
+    }
+    UNROLL for (int i = 0; i < kColumns / 4; i++) {
+      const float x = of_x[box * kTokens + i / 2 * 8 + lane_id() % 4 * 2 + i % 2];
+      UNROLL for (int half = 0; half < 2; half++) {
+        const int at = i / 2 * 4 + i % 2 + 2 * half;
+        acc[at] += sums[box][at] * (x * w[half]);
+      }
+    }
+  }
 }
 
 template <int kTokens, bool kNorm, Epilogue kEpilogue>
 DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
-  using Shape = GemvShape<kTokens>;
+  using Shape = GemvShape<kTokens, false>;
   uint32_t* ticket = (uint32_t*)(shared + Shape::kTicket);
   float* scale = (float*)(shared + Shape::kScale);
   float* scratch = (float*)(shared + Shape::kSquares);
-  const Deal d = deal(p);
+  const Deal d = deal<false>(p);
   const uint32_t begin = first_step(d, block_x()), end = first_step(d, block_x() + 1);
   pdl_wait();
   // Not before the wait: attn_decode, which may come next, reads ahead what earlier launches have written.
   pdl_launch_dependents();
-  if (kNorm) row_scales<kTokens>(p, scale);
+  if (kNorm) row_scales<kTokens, false>(p, scale);
   uint32_t step = begin;
   while (step < end) {
     const uint32_t tile = step / d.per_tile, from = step;
@@ -262,44 +436,85 @@ DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
       uint8_t* w = shared + stage * Shape::kStageBytes;
       uint8_t* x = w + kBytesW;
       if (kNorm)
-        normalise<kTokens>(p, x, (const uint16_t*)(shared + Shape::kNorm + stage * kBytesNorm), scale,
+        normalise<kTokens>(p, x, (const uint16_t*)(shared + Shape::kNorm + stage * Shape::kBytesNorm), scale,
                            step - tile * d.per_tile);
-      wgmma_fence();
-      UNROLL for (int box = 0; box < 2; box++) {
-        const uint64_t a = wgmma_descriptor(w + box * (kBytesW / 2), 16, 1024, kSwizzle128);
-        const uint64_t b = wgmma_descriptor(x + box * (Shape::kBytesX / 2), 16, 1024, kSwizzle128);
-        UNROLL for (int k = 0; k < kBoxK / 16; k++)
-            wgmma_ss<kTokens>(acc, a + 2 * k, b + 2 * k, step > from || box > 0 || k > 0);
-      }
-      wgmma_commit();
+      multiply<kTokens>(acc, w, x, step > from);
       wgmma_wait<0>();
       if (lane_id() == 0) mbarrier_arrive(&empty[stage]);
     }
-    if (to - from == d.per_tile || merge<kTokens>(p, d, tile, ticket, acc))
-      store<kTokens, kEpilogue>(p, tile, scratch, acc);
+    if (to - from == d.per_tile || merge<kTokens, false>(p, d, tile, ticket, acc))
+      store<kTokens, kEpilogue, false>(p, tile, scratch, acc);
   }
 }
 
 template <int kTokens, bool kNorm, Epilogue kEpilogue>
+DEVICE void consume_fp8(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
+  using Shape = GemvShape<kTokens, true>;
+  constexpr int kColumns = Shape::kColumns;
+  uint32_t* ticket = (uint32_t*)(shared + Shape::kTicket);
+  float* scale = (float*)(shared + Shape::kScale);
+  float* scratch = (float*)(shared + Shape::kSquares);
+  uint8_t* tiles = shared + Shape::kTiles + warpgroup<Shape>() * 2 * Shape::kBytesTile;
+  float* token_scales = (float*)(shared + Shape::kTokenScales);
+  const Deal d = deal<true>(p);
+  const uint32_t begin = first_step(d, block_x()), end = first_step(d, block_x() + 1);
+  pdl_wait();
+  // Not before the wait: see consume().
+  pdl_launch_dependents();
+  Neighbours<kTokens> neighbours;
+  read_x<kTokens, kNorm>(p, begin % d.per_tile, neighbours);
+  if (kNorm) row_scales<kTokens, true>(p, scale);
+  uint32_t step = begin;
+  while (step < end) {
+    const uint32_t tile = step / d.per_tile, from = step;
+    const uint32_t to = min_int(end, (tile + 1) * d.per_tile);
+    float acc[kColumns / 2];
+    UNROLL for (int i = 0; i < kColumns / 2; i++) acc[i] = 0.f;
+    for (; step < to; step++) {
+      const uint32_t i = step - begin, stage = i % Shape::kStages, in_tile = step - tile * d.per_tile;
+      // What was multiplied two steps ago may be written over: all have met since, in the quantise() of the last step.
+      uint8_t* x = tiles + i % 2 * Shape::kBytesTile;
+      float* of_x = token_scales + i % 2 * (2 * kTokens);
+      quantise<kTokens, kNorm>(p, neighbours, scale, in_tile, x, of_x);
+      if (step + 1 < end) read_x<kTokens, kNorm>(p, (step + 1) % d.per_tile, neighbours);
+      mbarrier_wait(&full[stage], i / Shape::kStages & 1);
+      float sums[2][kColumns / 2];
+      multiply_e4m3<kColumns>(sums, shared + stage * Shape::kStageBytes, x);
+      wgmma_wait<0>();
+      const float* of_w = (const float*)(shared + Shape::kBlocks + stage * Shape::kBytesBlocks);
+      add_scaled<kTokens, kColumns>(acc, sums, p.scales.blocks ? of_w : nullptr, boxes_within(p, in_tile),
+                                    of_x + warpgroup<Shape>() * kColumns);
+      sync_warp();  // others read scales, too
+      if (lane_id() == 0) mbarrier_arrive(&empty[stage]);
+    }
+    if (to - from == d.per_tile || merge<kTokens, true>(p, d, tile, ticket, acc))
+      store<kTokens, kEpilogue, true>(p, tile, scratch, acc);
+  }
+}
+
+template <int kTokens, bool kNorm, Epilogue kEpilogue, bool kFp8 = false>
 DEVICE void gemv(const GemvParams& p) {
-  using Shape = GemvShape<kTokens>;
+  using Shape = GemvShape<kTokens, kFp8>;
   uint8_t* shared = shared_memory();
   Barrier* full = (Barrier*)(shared + Shape::kBarriers);
   Barrier* empty = full + Shape::kStages;
-  if (thread_idx() == kConsumers) {
+  if (thread_idx() == Shape::kConsumers) {
     prefetch_tensor_map(&p.w_map);
-    prefetch_tensor_map(&p.x_map);
+    if (!kFp8) prefetch_tensor_map(&p.x_map);
     for (int s = 0; s < Shape::kStages; s++) {
       mbarrier_init(&full[s], 1);
-      mbarrier_init(&empty[s], kConsumerWarps);
+      mbarrier_init(&empty[s], Shape::kConsumers / kWarp);
     }
     mbarrier_init_fence();
   }
   sync_threads();
-  if (thread_idx() < kConsumers) {
-    consume<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
-  } else if (thread_idx() == kConsumers) {
-    produce<kTokens, kNorm>(p, shared, full, empty);
+  if (thread_idx() < Shape::kConsumers) {
+    if constexpr (kFp8)
+      consume_fp8<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
+    else
+      consume<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
+  } else if (thread_idx() == Shape::kConsumers) {
+    produce<kTokens, kNorm, kFp8>(p, shared, full, empty);
   }
 }
 
@@ -325,3 +540,19 @@ KERNEL(gemv_logits_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kLogits>(p); }
 KERNEL(gemv_logits_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kLogits>(p); }
 KERNEL(gemv_logits_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kLogits>(p); }
 KERNEL(gemv_logits_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kLogits>(p); }
+KERNEL(gemv_fp8_norm_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kPlain, true>(p); }
+KERNEL(gemv_fp8_norm_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kPlain, true>(p); }
+KERNEL(gemv_fp8_norm_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kPlain, true>(p); }
+KERNEL(gemv_fp8_norm_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, true, kPlain, true>(p); }
+KERNEL(gemv_fp8_norm_rope_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kRope, true>(p); }
+KERNEL(gemv_fp8_norm_rope_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kRope, true>(p); }
+KERNEL(gemv_fp8_norm_rope_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kRope, true>(p); }
+KERNEL(gemv_fp8_norm_rope_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, true, kRope, true>(p); }
+KERNEL(gemv_fp8_norm_silu_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kSilu, true>(p); }
+KERNEL(gemv_fp8_norm_silu_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kSilu, true>(p); }
+KERNEL(gemv_fp8_norm_silu_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kSilu, true>(p); }
+KERNEL(gemv_fp8_norm_silu_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, true, kSilu, true>(p); }
+KERNEL(gemv_fp8_residual_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kResidual, true>(p); }
+KERNEL(gemv_fp8_residual_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kResidual, true>(p); }
+KERNEL(gemv_fp8_residual_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kResidual, true>(p); }
+KERNEL(gemv_fp8_residual_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, false, kResidual, true>(p); }

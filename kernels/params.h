@@ -26,8 +26,10 @@ enum {
   EMBED_THREADS = 128,
   NORM_THREADS = 128,
   ROPE_THREADS = 128,
-  GEMM_THREADS = 384,               // one producer and two consumer warpgroups
-  GEMV_THREADS = 160,               // one consumer warpgroup and one warp that loads
+  GEMM_THREADS = 384,          // one producer and two consumer warpgroups
+  GEMV_THREADS = 160,          // one consumer warpgroup and one warp that loads
+  GEMV_FP8_THREADS_M64 = 288,  // two and one
+  QUANTISE_THREADS = 128,
   ATTN_PREFILL_THREADS_D64 = 512,   // one producer and three consumer warpgroups
   ATTN_PREFILL_THREADS_D128 = 384,  // and two
   ATTN_DECODE_THREADS = 160,        // four compute warps and one that loads
@@ -37,11 +39,16 @@ enum {
 
   // Dynamic shared memory, bytes.
   NORM_SHARED = 128,
+  QUANTISE_SHARED = 128,
   GEMM_SHARED = 232448,  // all there is: as many stages as fit
   GEMV_SHARED_M8 = 93696,
   GEMV_SHARED_M16 = 104096,
   GEMV_SHARED_M32 = 100048,
   GEMV_SHARED_M64 = 100416,
+  GEMV_FP8_SHARED_M8 = 86720,
+  GEMV_FP8_SHARED_M16 = 91104,
+  GEMV_FP8_SHARED_M32 = 99872,
+  GEMV_FP8_SHARED_M64 = 117408,
   ATTN_PREFILL_SHARED_D64 = 180424,
   ATTN_PREFILL_SHARED_D128 = 229528,
   ATTN_DECODE_SHARED_D64 = 84616,
@@ -57,6 +64,9 @@ enum {
   ATTN_PREFILL_ROWS_D128 = 128,
 
   NO_WINDOW = 1 << 30,  // more than any context
+
+  SCALE_GROUP = 128,  // neighbours in k that share a scale: of an activation, and of a block of weights
+  SCALE_ROWS = 8,     // rows of a packed matrix that share the scales of their blocks
 };
 
 // A tensor map for TMA: on CUDA what cuTensorMapEncodeTiled fills, on the host target the fields of SimtTensorMap.
@@ -260,16 +270,43 @@ typedef struct EmbedParams {
   int32_t rows, hidden, vocab;
 } EmbedParams;
 
-// rms_norm: out[i] = norm(x[row_index[i]]).
+// What numbers in e4m3 are to be multiplied with. Activations: each SCALE_GROUP neighbours of a row share one.
+// Weights have one for each row, or for SCALE_GROUP k of SCALE_ROWS rows; the other is null.
+typedef struct WeightScales {
+  const float* rows;    // [n]
+  const float* blocks;  // [k / SCALE_GROUP, rounded up][n / SCALE_ROWS]
+} WeightScales;
+
+// rms_norm: out[i] = norm(x[row_index[i]]); rms_norm_fp8: the same in e4m3 with scales.
 // The norm is as the reference implementation rounds it: bf16(bf16(x * rsqrt(mean x^2 + eps)) * weight).
 typedef struct NormParams {
   const uint16_t* x;         // [any][hidden]
   const uint16_t* weight;    // [hidden]
   const int32_t* row_index;  // [rows] or null for the identity
   uint16_t* out;             // [rows][hidden]
+  uint8_t* out_fp8;          // [rows][hidden] (fp8)
+  float* scales;             // [hidden / SCALE_GROUP, rounded up][scales_stride] out (fp8)
   int32_t rows, hidden;
+  int32_t scales_stride;  // at least rows
   float eps;
 } NormParams;
+
+// quantise: out, scales = x in e4m3, by groups of a row.
+typedef struct QuantiseParams {
+  const uint16_t* x;  // [rows][k]
+  uint8_t* out;       // [rows][k]
+  float* scales;      // [k / SCALE_GROUP, rounded up][scales_stride]
+  int32_t rows, k;    // k a multiple of 8
+  int32_t scales_stride;
+} QuantiseParams;
+
+// quantise_weight: out, scales = w in e4m3, a scale for each row.
+typedef struct QuantiseWeightParams {
+  const uint16_t* w;  // [n][k]
+  uint8_t* out;       // [n][k]
+  float* scales;      // [n]
+  int32_t n, k;       // k a multiple of 8
+} QuantiseWeightParams;
 
 // Where q, k and v of a step's rows go. Heads of q and k have their halves interleaved by blocks of 8 columns in the product
 // (rope.cuh), and only there.
@@ -296,7 +333,7 @@ typedef struct RopeParams {
 } RopeParams;
 
 // gemm_*_n<tile_n>: c = a w^T with an epilogue, for prefill (many rows). bf16 in, fp32 accumulation; k a multiple of 64, n
-// of 64. In clusters of 1 or 2 blocks. panel: 64 columns of c, or 32 where a tile's columns of c are no multiple of 64.
+// of 64. fp8: a and w in e4m3; their maps have pairs of them, half as many as k. In clusters of 1 or 2 blocks. panel: 64 columns of c, or 32 where a tile's columns of c are no multiple of 64.
 // Gate and up projections are interleaved in w by blocks of 8 rows: 8 of gate, then 8 of up.
 typedef struct __attribute__((aligned(64))) GemmParams {
   TensorMap a_map;         // a [rows][k], box 64 (k) x 128 rows, swizzle 128
@@ -304,17 +341,22 @@ typedef struct __attribute__((aligned(64))) GemmParams {
   TensorMap c_map;         // c [rows][n] (n / 2 for silu), box panel x 64 rows, swizzled
   TensorMap residual_map;  // the same of the residual [rows][n] (residual), which may be c itself
   const uint16_t* bias;    // [n] (bias), or null (residual)
+  const float* a_scales;   // [k / SCALE_GROUP, rounded up][a_scales_stride] (fp8)
+  WeightScales w_scales;   // (fp8)
   int32_t rows, n, k;
+  int32_t a_scales_stride;  // at least the rows of all tiles: a multiple of 256
 } GemmParams;
 
 // gemv_*_m<tokens>: c = x w^T for decode (1 to 64 rows): streams w once. The same w as the prefill product's; k a multiple of
-// 64, n of 16, or of 64 for rope and residual. norm: x is RMS-normalised on its way, as rms_norm does it.
+// 64, n of 16, or of 64 for rope, residual and fp8: w in e4m3, and x becomes it on its way, after the norm. norm: x is RMS-normalised on its way, as rms_norm does it.
 // Results: none (c, with bias), rope (q and the KV pages, with bias), silu (interleaved as above), residual (added to c), logits
-// (fp32). The steps of 128 k of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts
+// (fp32). The steps of 128 k (fp8: 256) of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts
 // are summed in order by the last block that finishes one. The grid has at most as many blocks as there are such steps.
 typedef struct __attribute__((aligned(64))) GemvParams {
-  TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128
-  TensorMap x_map;       // x [rows][k], box 64 (k) x tokens rows, swizzle 128
+  TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128; fp8: pairs [n][k / 2]
+  TensorMap x_map;       // x [rows][k], box 64 (k) x tokens rows, swizzle 128 (but fp8)
+  const uint16_t* x;     // [rows][k] (fp8)
+  WeightScales scales;   // (fp8)
   const uint16_t* norm;  // [k] (norm)
   const float* squares;  // [rows][k / 64] (norm): sums of squares of 64 neighbours in x
   const uint16_t* bias;  // [n] or null (none, rope, residual)
@@ -434,6 +476,9 @@ extern "C" {
 #endif
 KERNEL_PROTOTYPE(embed, EmbedParams)
 KERNEL_PROTOTYPE(rms_norm, NormParams)
+KERNEL_PROTOTYPE(rms_norm_fp8, NormParams)
+KERNEL_PROTOTYPE(quantise, QuantiseParams)
+KERNEL_PROTOTYPE(quantise_weight, QuantiseWeightParams)
 KERNEL_PROTOTYPE(rope_append_d64, RopeParams)
 KERNEL_PROTOTYPE(rope_append_d128, RopeParams)
 KERNEL_PROTOTYPE(gemm_n96, GemmParams)
@@ -454,6 +499,17 @@ KERNEL_PROTOTYPE(gemm_residual_n256, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n128, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n192, GemmParams)
 KERNEL_PROTOTYPE(gemm_silu_n256, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_n96, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_n192, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_bias_n96, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_bias_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_bias_n192, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_residual_n96, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_residual_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_residual_n192, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_silu_n128, GemmParams)
+KERNEL_PROTOTYPE(gemm_fp8_silu_n192, GemmParams)
 KERNEL_PROTOTYPE(gemv_norm_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_norm_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_norm_m32, GemvParams)
@@ -474,6 +530,22 @@ KERNEL_PROTOTYPE(gemv_logits_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_logits_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_logits_m32, GemvParams)
 KERNEL_PROTOTYPE(gemv_logits_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_residual_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_residual_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_residual_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_residual_m64, GemvParams)
 KERNEL_PROTOTYPE(attn_prefill_d64, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_prefill_d64_fp8, AttnPrefillParams)

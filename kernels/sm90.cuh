@@ -520,6 +520,9 @@ template <int N>
 DEVICE void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 template <int N, int kMajorMNofB = 0>
 DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+// The same of e4m3, k = 32, which take the place of 16 of bf16. The sums keep 14 bits: add them up elsewhere after a few.
+template <int N>
+DEVICE void wgmma_ss_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 
 // Operand lists: WGMMA_R<n> names the first n registers, WGMMA_D<n>(d) binds them.
 #define WGMMA_R4 "%0, %1, %2, %3"
@@ -587,6 +590,17 @@ DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(kMajorMNofB)); \
   }
 
+// SS of e4m3, which has no transposed operands.
+#define WGMMA_E4M3(N, R, o0, o1, o2)                                                                          \
+  DEVICE void wgmma_ss_##N##_e4m3(float(&d)[R], uint64_t a, uint64_t b, bool accumulate) {                    \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #o2                                                       \
+                 ", 0;\n"                                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" WGMMA_R##R "}, %" #o0 ", %" #o1 \
+                                                                                         ", p, 1, 1; }"       \
+                 : WGMMA_D##R(d)                                                                              \
+                 : "l"(a), "l"(b), "r"((int)accumulate));                                                     \
+  }
+
 WGMMA(8, bf16, 4, 4, 5, 6, 7, 8, 9, 10)
 WGMMA(16, bf16, 8, 8, 9, 10, 11, 12, 13, 14)
 WGMMA(24, bf16, 12, 12, 13, 14, 15, 16, 17, 18)
@@ -599,6 +613,12 @@ WGMMA(192, bf16, 96, 96, 97, 98, 99, 100, 101, 102)
 WGMMA(256, bf16, 128, 128, 129, 130, 131, 132, 133, 134)
 WGMMA(64, f16, 32, 32, 33, 34, 35, 36, 37, 38)
 WGMMA(128, f16, 64, 64, 65, 66, 67, 68, 69, 70)
+WGMMA_E4M3(8, 4, 4, 5, 6)
+WGMMA_E4M3(16, 8, 8, 9, 10)
+WGMMA_E4M3(32, 16, 16, 17, 18)
+WGMMA_E4M3(96, 48, 48, 49, 50)
+WGMMA_E4M3(128, 64, 64, 65, 66)
+WGMMA_E4M3(192, 96, 96, 97, 98)
 
 template <int N, int kMajorMNofA, int kMajorMNofB>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
@@ -634,5 +654,14 @@ template <int N, int kMajorMNofB>
 DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (N == 64) wgmma_rs_64_f16<kMajorMNofB>(d, a, b, accumulate);
   if constexpr (N == 128) wgmma_rs_128_f16<kMajorMNofB>(d, a, b, accumulate);
+}
+template <int N>
+DEVICE void wgmma_ss_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (N == 8) wgmma_ss_8_e4m3(d, a, b, accumulate);
+  if constexpr (N == 16) wgmma_ss_16_e4m3(d, a, b, accumulate);
+  if constexpr (N == 32) wgmma_ss_32_e4m3(d, a, b, accumulate);
+  if constexpr (N == 96) wgmma_ss_96_e4m3(d, a, b, accumulate);
+  if constexpr (N == 128) wgmma_ss_128_e4m3(d, a, b, accumulate);
+  if constexpr (N == 192) wgmma_ss_192_e4m3(d, a, b, accumulate);
 }
 #endif  // __CUDACC__

@@ -104,7 +104,7 @@ fn gemm_launch(device: &Device, case: &Case, tiling: Tiling, grid: u32, operands
         Epilogue::Silu => (ops::Epilogue::Silu, false),
         Epilogue::Logits => unreachable!("prefill makes its logits by gemv"),
     };
-    let kernel = ops::gemm_kernels(epilogue, bias).iter().find(|k| k.0 == tiling.columns).unwrap().1;
+    let kernel = ops::gemm_kernels(epilogue, bias, false).iter().find(|k| k.0 == tiling.columns).unwrap().1;
     let columns = tiling.columns / if case.epilogue == Epilogue::Silu { 2 } else { 1 };
     let panel = if columns.is_multiple_of(64) { 64 } else { 32 };
     let mut params = GemmParams {

@@ -54,3 +54,32 @@ pub fn rms_norm(x: &[f64], weight: &[bf16], eps: f32) -> Vec<f64> {
     let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
     x.iter().zip(weight).map(|(v, w)| round(round(v * scale) * w.to_f64())).collect()
 }
+
+/// A number of e4m3: 4 bits of exponent, 3 of fraction.
+pub fn e4m3_to_f64(byte: u8) -> f64 {
+    let (exponent, fraction) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
+    let magnitude = match (exponent, byte & 7) {
+        (15, 7) => f64::NAN,
+        (0, _) => fraction / 512.0,
+        _ => (1.0 + fraction / 8.0) * 2f64.powi(exponent - 7),
+    };
+    if byte >= 128 { -magnitude } else { magnitude }
+}
+
+/// The nearest number of e4m3, ties to even, no larger than 448.
+pub fn round_e4m3(x: f64) -> f64 {
+    let magnitude = x.abs().min(448.0);
+    let step = 2f64.powi((magnitude.max(2f64.powi(-6)).log2().floor() as i32) - 3);
+    ((magnitude / step).round_ties_even() * step).min(448.0).copysign(x)
+}
+
+/// Activations [rows][k] as a product of fp8 weights sees them: the numbers in e4m3, and the scale of each.
+pub fn quantise(x: &[bf16], k: usize) -> Vec<(f64, f64)> {
+    let group = |group: &[bf16]| {
+        let most = group.iter().fold(0f32, |most, x| most.max(x.to_f32().abs()));
+        let factor = if most > 0.0 { 448.0 / most } else { 0.0 };
+        let number = move |x: &bf16| (round_e4m3(f64::from(x.to_f32() * factor)), f64::from(most) / 448.0);
+        group.iter().map(number).collect::<Vec<_>>()
+    };
+    x.chunks(k).flat_map(|row| row.chunks(128).flat_map(group)).collect()
+}

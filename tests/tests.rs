@@ -14,6 +14,7 @@ mod engine;
 mod families;
 mod fp8_checkpoints;
 mod fp8_kv;
+mod fp8_products;
 mod guide;
 mod harnesses;
 mod kernel_docs;

@@ -303,7 +303,7 @@ impl Bench<'_> {
                 self.measure("gemm", name, &shape, &launch)?;
                 continue;
             }
-            for &(columns, _) in ops::gemm_kernels(epilogue, bias) {
+            for &(columns, _) in ops::gemm_kernels(epilogue, bias, false) {
                 for cluster in if rows > TILE_ROWS { 1..=2 } else { 1..=1 } {
                     let tiling = Tiling { columns, cluster };
                     let launch = ops::gemm_tiled(self.device, &x, &w, rows, epilogue, &out, tiling)?;

@@ -69,7 +69,8 @@ struct Wgmma {
   uint32_t clock = 0;
   int n;
   uint64_t a, b;
-  bool a_in_registers, a_mn, b_mn, accumulate, f16;
+  bool a_in_registers, a_mn, b_mn, accumulate;
+  WgmmaType type;
   std::shared_ptr<Accumulator> accumulator;
   uint32_t a_registers[128][4];
   const uint32_t* a_source[128];

@@ -65,9 +65,10 @@ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool f16, int li
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
+enum class WgmmaType { kBf16, kF16, kE4m3 };
 // a_registers: null for A from shared memory.
 void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, bool a_mn, bool b_mn, bool accumulate,
-           bool f16);
+           WgmmaType type);
 
 }  // namespace simt
 
@@ -332,19 +333,23 @@ DEVICE void wgmma_wait() {
 }
 template <int N, int kMajorMNofA = 0, int kMajorMNofB = 0>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  simt::wgmma(d, N, a, nullptr, b, kMajorMNofA, kMajorMNofB, accumulate, false);
+  simt::wgmma(d, N, a, nullptr, b, kMajorMNofA, kMajorMNofB, accumulate, simt::WgmmaType::kBf16);
 }
 template <int N, int kMajorMNofB = 0>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate, false);
+  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate, simt::WgmmaType::kBf16);
 }
 template <int N>
 DEVICE void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  simt::wgmma(d, N, a, nullptr, b, false, false, accumulate, true);
+  simt::wgmma(d, N, a, nullptr, b, false, false, accumulate, simt::WgmmaType::kF16);
 }
 template <int N, int kMajorMNofB = 0>
 DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate, true);
+  simt::wgmma(d, N, 0, a, b, false, kMajorMNofB, accumulate, simt::WgmmaType::kF16);
+}
+template <int N>
+DEVICE void wgmma_ss_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  simt::wgmma(d, N, a, nullptr, b, false, false, accumulate, simt::WgmmaType::kE4m3);
 }
 
 #undef SIMT_LINE

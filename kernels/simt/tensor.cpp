@@ -294,6 +294,31 @@ static void execute(Wgmma& op, const uint8_t* window) {
   op.executed = true;
 }
 
+// One half of the 32 k of an operand in e4m3, which lie where 16 of a 16-bit type would: [rows][16], or transposed [16][rows].
+static void fetch_half(const Operand& o, int half, int rows, bool transposed, float* out) {
+  const int along = transposed ? 1 : 16, across = transposed ? rows : 1;
+  each_chunk(o, rows, [&](int i, int k, uint32_t at) {
+    if (k / 8 != half) return;
+    for (int e = 0; e < 16; e++) out[i * along + e * across] = e4m3_to_float(o.window[at + e]);
+  });
+}
+
+// Hopper's sums of fp8 keep 14 bits (DeepSeek-V3, arXiv 2412.19437, 3.3.2): what is below is cut off after every instruction.
+static float keep_14_bits(float x) { return bits_to_float(float_to_bits(x) & 0xfffffc00u); }
+
+static void execute_e4m3(Wgmma& op, const uint8_t* window) {
+  alignas(64) float a[64 * 16];
+  alignas(64) float b[16 * 256];
+  std::vector<float>& tile = op.accumulator->tile;
+  for (int half = 0; half < 2; half++) {
+    fetch_half(Operand(op.a, false, window), half, 64, false, a);
+    fetch_half(Operand(op.b, false, window), half, op.n, true, b);
+    multiply(tile.data(), a, b, 64, op.n);
+  }
+  for (float& x : tile) x = keep_14_bits(x);
+  op.executed = true;
+}
+
 static uint64_t operands_hash(const Wgmma& op, const uint8_t* window) {
   uint64_t hash = hash_operand(Operand(op.b, op.b_mn, window), op.n);
   if (!op.a_in_registers) hash = hash * 31 + hash_operand(Operand(op.a, op.a_mn, window), 64);
@@ -314,7 +339,7 @@ static void copy_fragment(Accumulator& acc, int t, float* d, bool out) {
 void wgmma_fence() { current->registers_touched = false; }
 
 void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, bool a_mn, bool b_mn, bool accumulate,
-           bool f16) {
+           WgmmaType type) {
   Fiber* f = current;
   Block* block = f->block;
   const int t = f->lane.thread % 128;
@@ -329,7 +354,7 @@ void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
     op->clock = number + 1;
     op->n = n, op->a = a, op->b = b;
     op->a_in_registers = a_registers != nullptr;
-    op->a_mn = a_mn, op->b_mn = b_mn, op->accumulate = accumulate, op->f16 = f16;
+    op->a_mn = a_mn, op->b_mn = b_mn, op->accumulate = accumulate, op->type = type;
     for (auto& acc : group.accumulators)
       if (acc->registers[t] == d && acc->users > 0) op->accumulator = acc;
     if (op->accumulator && op->accumulator->n != n) fail("wgmma: accumulators in flight are used with another N");
@@ -344,7 +369,7 @@ void wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
   }
   Wgmma& op = *group.ops[number - group.first];
   if (op.n != n || op.a != a || op.b != b || op.a_in_registers != (a_registers != nullptr) ||
-      op.accumulate != accumulate || op.f16 != f16)
+      op.accumulate != accumulate || op.type != type)
     fail("wgmma: the threads of a warpgroup disagree about the instruction (shape, type, descriptors or accumulate)");
   Accumulator& acc = *op.accumulator;
   if (acc.registers[t] != d) {
@@ -407,10 +432,17 @@ void wgmma_wait(int pending) {
         fail("wgmma: its operands in shared memory changed while it was in flight (written before wgmma_wait)");
     }
     if (!op.accumulate) std::fill(op.accumulator->tile.begin(), op.accumulator->tile.end(), 0.f);
-    if (op.f16)
-      execute<f16_to_float>(op, block->shared);
-    else
-      execute<to_float>(op, block->shared);
+    switch (op.type) {
+      case WgmmaType::kBf16:
+        execute<to_float>(op, block->shared);
+        break;
+      case WgmmaType::kF16:
+        execute<f16_to_float>(op, block->shared);
+        break;
+      case WgmmaType::kE4m3:
+        execute_e4m3(op, block->shared);
+        break;
+    }
   }
   if (worker->checked) {
     see(f, wgmma_component(f, f->lane.thread / 32), upto);
