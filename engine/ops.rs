@@ -25,7 +25,7 @@ pub const MAX_VOCAB: usize = 8 * 50_000;
 /// A weight matrix [n][k] in bf16, perhaps with a bias [n], and what TMA must know of it.
 pub struct Linear {
     weight: Arc<Buffer>,
-    bias: Option<Buffer>,
+    bias: Option<Arc<Buffer>>,
     n: u64,
     k: u64,
     /// For the widths of `tiling`: boxes of half a tile.
@@ -213,7 +213,7 @@ fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, boxes: 
 
 impl Linear {
     /// n: a multiple of 64, or of 16 for [`Output::Logits`]; k: a multiple of 64.
-    pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Buffer>, n: usize, k: usize) -> Result<Linear> {
+    pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Arc<Buffer>>, n: usize, k: usize) -> Result<Linear> {
         let (n, k) = (n as u64, k as u64);
         assert!(weight.bytes() as u64 >= n * k * BF16 && n.is_multiple_of(16) && k.is_multiple_of(64));
         let map = |rows| matrix_map(device, &weight, n, k, [64, rows]);
@@ -484,7 +484,7 @@ pub fn embed(
 
 /// An RMSNorm's weight [hidden] and epsilon.
 pub struct Norm {
-    pub weight: Buffer,
+    pub weight: Arc<Buffer>,
     pub eps: f32,
 }
 
