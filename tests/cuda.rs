@@ -96,7 +96,7 @@ fn child() {
                         let mut uploader = device.uploader(50).unwrap();
                         for round in 0..ROUNDS {
                             let fill = |to: &mut [u8]| {
-                                to.fill(byte(thread, round));
+                                to.fill((thread * ROUNDS + round) as u8);
                                 Ok(())
                             };
                             uploader.upload(buffer, 1 + (thread * ROUNDS + round) * 50, 50, fill).unwrap();
