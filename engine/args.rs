@@ -161,6 +161,8 @@ pub enum BenchCommand {
     Kernels(KernelBenchArgs),
     /// What the host does for each decode step, by the number of sequences; needs no GPU.
     Host(HostBenchArgs),
+    /// The weights from their files to the device: time and memory.
+    Load(LoadBenchArgs),
     /// Ignored ends of thinking: one request against s1's loop of N + 2 calls, which gives the same tokens.
     Budget(BudgetBenchArgs),
     /// How well the model foresees a text: what a quantisation costs, as a number.
@@ -206,6 +208,19 @@ pub struct HostBenchArgs {
     /// How many steps to measure.
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..1 << 16))]
     pub steps: u32,
+    /// Write the results to a file, too.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Debug, Group)]
+pub struct LoadBenchArgs {
+    /// Model folder; needs no tokenizer.
+    #[arg(value_name = "MODEL")]
+    pub path: PathBuf,
+    /// host, cuda:N, or auto: a GPU if there is one, else the host target.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
     /// Write the results to a file, too.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -6,8 +6,8 @@
 
 use crate::{Error, Result};
 use half::{bf16, f16};
+use memmap2::{Advice, UncheckedAdvice};
 use serde::de::{MapAccess, Visitor};
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
@@ -107,26 +107,42 @@ pub const SCALE_BLOCK: usize = 128;
 pub struct Checkpoint {
     /// The file that says which tensors there are.
     source: PathBuf,
-    shards: Vec<memmap2::Mmap>,
-    data_starts: Vec<usize>,
+    shards: Vec<Shard>,
+    /// With the number of the shard.
     tensors: HashMap<String, (usize, TensorInfo)>,
+}
+
+struct Shard {
+    path: PathBuf,
+    map: memmap2::Mmap,
+    data_start: usize,
 }
 
 /// The format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 
 impl<'a> TensorView<'a> {
-    /// A range of the elements, in bf16; those of fp16 and fp32 are rounded to the nearest.
-    pub fn bf16(&self, range: Range<usize>) -> Cow<'a, [u8]> {
+    /// The bytes of a range of the elements, as the file has them.
+    pub fn elements(&self, range: Range<usize>) -> &'a [u8] {
         let size = self.dtype.size();
-        let bytes = &self.bytes[range.start * size..range.end * size];
-        let rounded = |numbers: &mut dyn Iterator<Item = f32>| -> Cow<'a, [u8]> {
-            numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect::<Vec<u8>>().into()
-        };
+        &self.bytes[range.start * size..range.end * size]
+    }
+
+    /// Writes a range of the elements to `out` in bf16; those of fp16 and fp32 are rounded to the nearest.
+    pub fn bf16(&self, range: Range<usize>, out: &mut [u8]) {
+        let bytes = self.elements(range);
         match self.dtype {
-            Dtype::Bf16 => bytes.into(),
-            Dtype::F16 => rounded(&mut bytes.as_chunks().0.iter().map(|&x| f16::from_le_bytes(x).to_f32())),
-            Dtype::F32 => rounded(&mut bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x))),
+            Dtype::Bf16 => out.copy_from_slice(bytes),
+            Dtype::F16 => {
+                for (out, &x) in out.as_chunks_mut().0.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16::from_f32(f16::from_le_bytes(x).to_f32()).to_le_bytes();
+                }
+            }
+            Dtype::F32 => {
+                for (out, &x) in out.as_chunks_mut().0.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16::from_f32(f32::from_le_bytes(x)).to_le_bytes();
+                }
+            }
             other => unreachable!("`weights` gives out no {other:?}"),
         }
     }
@@ -168,12 +184,8 @@ impl Checkpoint {
             return Err(Error::model(folder, "there is no such model folder"));
         }
         let index_path = folder.join("model.safetensors.index.json");
-        let mut checkpoint = Checkpoint {
-            source: folder.join("model.safetensors"),
-            shards: Vec::new(),
-            data_starts: Vec::new(),
-            tensors: HashMap::new(),
-        };
+        let mut checkpoint =
+            Checkpoint { source: folder.join("model.safetensors"), shards: Vec::new(), tensors: HashMap::new() };
         let bytes = match std::fs::read(&index_path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -215,15 +227,14 @@ impl Checkpoint {
         // SAFETY: the map is read only. Whoever truncates the file while we read it ends the process by SIGBUS; that is the
         // price of not copying the weights, as for every engine that maps them.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let (start, tensors) = parse_file(&map).map_err(|problem| Error::model(path, problem))?;
+        let (data_start, tensors) = parse_file(&map).map_err(|problem| Error::model(path, problem))?;
         let shard = self.shards.len();
         for (name, info) in tensors {
             if self.tensors.insert(name.clone(), (shard, info)).is_some() {
                 return Err(Error::model(path, format!("tensor {name:?} is in another shard as well")));
             }
         }
-        self.shards.push(map);
-        self.data_starts.push(start);
+        self.shards.push(Shard { path: path.into(), map, data_start });
         Ok(())
     }
 
@@ -248,8 +259,8 @@ impl Checkpoint {
                 format!("tensor {name:?} is of shape {:?}, where config.json asks for {shape:?}", info.shape),
             ));
         }
-        let start = self.data_starts[*shard];
-        let bytes = &self.shards[*shard][start + info.begin..start + info.end];
+        let Shard { map, data_start, .. } = &self.shards[*shard];
+        let bytes = &map[data_start + info.begin..data_start + info.end];
         Ok(TensorView { dtype: info.dtype, shape: &info.shape, bytes })
     }
 
@@ -316,6 +327,40 @@ impl Checkpoint {
             }
         };
         Ok(Some(Fp8View { name: name.into(), source: &self.source, bytes: tensor.bytes, scales }))
+    }
+
+    /// Reads these bytes of a tensor from the disk, many pages at a time, where touching them would read few.
+    ///
+    /// # Errors
+    /// The disk's; a file that has been truncated since it was opened.
+    pub fn read(&self, bytes: &[u8]) -> Result<()> {
+        let (shard, offset) = self.shard_of(bytes);
+        let advise = |advice| shard.map.advise_range(advice, offset, bytes.len());
+        match advise(Advice::WillNeed).and_then(|()| advise(Advice::PopulateRead)) {
+            // A system that does not know the advice reads the pages when they are touched.
+            Err(e) if e.kind() != std::io::ErrorKind::InvalidInput => Err(Error::io(&shard.path, e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the pages of these bytes of a tensor out of the process's memory. The system may keep them, and who touches them
+    /// again gets them back.
+    pub fn release(&self, bytes: &[u8]) {
+        let (shard, offset) = self.shard_of(bytes);
+        // SAFETY: the map is of a file and is only read, so that pages which come back are as they were. Pages that the system
+        // does not release cost memory and nothing else.
+        let _ = unsafe { shard.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
+    }
+
+    /// Where in which shard the bytes of a tensor lie.
+    fn shard_of(&self, bytes: &[u8]) -> (&Shard, usize) {
+        let range = bytes.as_ptr_range();
+        let holds = |shard: &&Shard| {
+            let all = shard.map.as_ptr_range();
+            all.start <= range.start && range.end <= all.end
+        };
+        let shard = self.shards.iter().find(holds).expect("the bytes are of a tensor of this checkpoint");
+        (shard, range.start.addr() - shard.map.as_ptr().addr())
     }
 
     /// A tensor that can be had in bf16.

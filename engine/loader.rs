@@ -1,17 +1,27 @@
-//! A model's weights from a checkpoint to the device, in the layout that the kernels want.
-//! Must not know the forward pass.
+//! A model's weights from a checkpoint to the device, in the layout that the kernels want: first what goes where is written
+//! down, for all that may be loaded together, then several threads do it, a piece at a time. Must not know the forward pass.
 
 use crate::Result;
+use crate::checkpoint::{Checkpoint, TensorView};
 use crate::config::ModelConfig;
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Uploader};
 use crate::model::{Layer, Weights};
 use crate::ops::{self, KvScales, Linear, Norm};
-use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 
 /// Gate and up, and the halves of each head of q and k, are interleaved by blocks of so many rows, so that a thread of the
 /// products has both of what belongs together (kernels/epilogue.cuh, kernels/rope.cuh).
 const INTERLEAVE: usize = 8;
+
+/// Bytes of an element on the device.
+const ELEMENT: usize = 2;
+
+/// Bytes that a thread reads, and copies, at a time.
+const PIECE: usize = 4 << 20;
+
+/// Of them, how many at the most: more do not make a disk or a bus faster.
+const THREADS: usize = 8;
 
 /// A tensor [rows][..], perhaps of heads of so many rows whose halves are to be interleaved.
 struct Part {
@@ -20,17 +30,48 @@ struct Part {
     head: Option<usize>,
 }
 
-/// A block of `a`, a block of `b`, and so on.
-fn alternating<'a>(a: &'a [u8], b: &'a [u8], block: usize) -> impl Iterator<Item = &'a u8> {
-    a.chunks(block).zip(b.chunks(block)).flat_map(|(a, b)| [a, b]).flatten()
+/// Elements of one or two tensors that fill a range of a buffer: a block of the first, a block of the second, and so on.
+struct Piece<'a> {
+    buffer: Arc<Buffer>,
+    /// Bytes.
+    offset: usize,
+    /// Each with the element that it begins with.
+    sources: Vec<(TensorView<'a>, usize)>,
+    /// Elements of each source.
+    elements: usize,
+    block: usize,
 }
 
+impl Piece<'_> {
+    fn bytes(&self) -> usize {
+        self.sources.len() * self.elements * ELEMENT
+    }
+
+    fn upload(&self, checkpoint: &Checkpoint, uploader: &mut Uploader) -> Result<()> {
+        let all = || self.sources.iter().map(|(tensor, begin)| tensor.elements(*begin..begin + self.elements));
+        all().try_for_each(|bytes| checkpoint.read(bytes))?;
+        uploader.upload(&self.buffer, self.offset, self.bytes(), |out| {
+            for (i, out) in out.chunks_mut(self.block * ELEMENT).enumerate() {
+                let (tensor, begin) = &self.sources[i % self.sources.len()];
+                let at = begin + i / self.sources.len() * self.block;
+                tensor.bf16(at..at + out.len() / ELEMENT, out);
+            }
+            Ok(())
+        })?;
+        all().for_each(|bytes| checkpoint.release(bytes));
+        Ok(())
+    }
+}
+
+/// Buffers are given out at once, to be filled by [`Loader::flush`].
 pub(crate) struct Loader<'a> {
     device: &'a Device,
     weights: Weights<'a>,
     eps: f32,
     /// Dummy tensors so far: each has its own seed.
     made: u64,
+    /// What [`Loader::flush`] loads.
+    pieces: Vec<Piece<'a>>,
     done: u64,
     all: u64,
     progress: &'a mut dyn FnMut(u64, u64),
@@ -45,7 +86,7 @@ impl<'a> Loader<'a> {
         all: u64,
         progress: &'a mut dyn FnMut(u64, u64),
     ) -> Loader<'a> {
-        Loader { device, weights, eps, made: 0, done: 0, all, progress }
+        Loader { device, weights, eps, made: 0, pieces: Vec::new(), done: 0, all, progress }
     }
 
     pub fn layer(&mut self, c: &ModelConfig, index: usize) -> Result<Layer> {
@@ -77,7 +118,7 @@ impl<'a> Loader<'a> {
         };
         let gate_up = self.interleaved(&name("mlp.gate_proj.weight"), &name("mlp.up_proj.weight"), inner, h)?;
         let down = self.matrix(&name("mlp.down_proj.weight"), h, inner)?;
-        let linear = |weight, bias, n, k| Linear::new(self.device, Arc::new(weight), bias, n, k);
+        let linear = |weight, bias, n, k| Linear::new(self.device, weight, bias, n, k);
         Ok(Layer {
             qkv: linear(qkv_weight, qkv_bias, q + 2 * kv, h)?,
             o: linear(o, o_bias, h, q)?,
@@ -107,71 +148,112 @@ impl<'a> Loader<'a> {
         let weight = match self.weights {
             Weights::Checkpoint(_) => self.stacked(&[Part { name: name.into(), rows: size, head: None }], &[])?,
             Weights::Dummy => {
-                let buffer = self.device.alloc(size * 2)?;
+                let buffer = self.device.alloc(size * ELEMENT)?;
                 self.device.upload(&buffer, 0, bytemuck::cast_slice(&vec![half::bf16::ONE; size]))?;
-                self.advance(size * 2);
-                buffer
+                self.advance(size * ELEMENT);
+                buffer.into()
             }
         };
         Ok(Norm { weight, eps: self.eps })
     }
 
-    pub fn matrix(&mut self, name: &str, rows: usize, k: usize) -> Result<Buffer> {
+    pub fn matrix(&mut self, name: &str, rows: usize, k: usize) -> Result<Arc<Buffer>> {
         self.stacked(&[Part { name: name.into(), rows, head: None }], &[k])
     }
 
     /// Tensors below one another.
-    fn stacked(&mut self, parts: &[Part], rest: &[usize]) -> Result<Buffer> {
-        let row = rest.iter().product::<usize>() * 2;
-        let bytes = parts.iter().map(|p| p.rows * row).sum();
+    fn stacked(&mut self, parts: &[Part], rest: &[usize]) -> Result<Arc<Buffer>> {
+        let row: usize = rest.iter().product();
+        let bytes = parts.iter().map(|p| p.rows * row * ELEMENT).sum();
         let Weights::Checkpoint(checkpoint) = self.weights else { return self.dummy(bytes) };
-        let buffer = self.device.alloc(bytes)?;
-        let mut at = 0;
+        let buffer = Arc::new(self.device.alloc_to_fill(bytes)?);
+        let mut offset = 0;
         for part in parts {
             let tensor = checkpoint.weights(&part.name, &[&[part.rows], rest].concat())?;
-            let unit = part.head.unwrap_or(1) * row;
-            for piece in pieces(part.rows * row / 2, unit) {
-                let piece = tensor.bf16(piece);
-                match part.head {
-                    None => self.device.upload(&buffer, at, &piece)?,
-                    Some(dim) => {
-                        let halves = piece.chunks(unit).map(|head| head.split_at(dim / 2 * row));
-                        let staged: Vec<u8> =
-                            halves.flat_map(|(a, b)| alternating(a, b, INTERLEAVE * row)).copied().collect();
-                        self.device.upload(&buffer, at, &staged)?;
+            let elements = part.rows * row;
+            match part.head {
+                None => self.fill(&buffer, offset, vec![(tensor, 0)], elements, elements),
+                Some(dim) => {
+                    let half = dim / 2 * row;
+                    for head in (0..elements).step_by(2 * half) {
+                        let halves = vec![(tensor, head), (tensor, head + half)];
+                        self.fill(&buffer, offset + head * ELEMENT, halves, half, INTERLEAVE * row);
                     }
                 }
-                at += piece.len();
-                self.advance(piece.len());
             }
+            offset += elements * ELEMENT;
         }
         Ok(buffer)
     }
 
     /// Two matrices [rows][k]: eight rows of the first, then eight of the second.
-    fn interleaved(&mut self, first: &str, second: &str, rows: usize, k: usize) -> Result<Buffer> {
-        let Weights::Checkpoint(checkpoint) = self.weights else { return self.dummy(2 * rows * k * 2) };
-        let first = checkpoint.weights(first, &[rows, k])?;
-        let second = checkpoint.weights(second, &[rows, k])?;
-        let buffer = self.device.alloc(2 * rows * k * 2)?;
-        let block = INTERLEAVE * k * 2;
-        let mut at = 0;
-        for piece in pieces(rows * k, block) {
-            let (a, b) = (first.bf16(piece.clone()), second.bf16(piece));
-            let staged: Vec<u8> = alternating(&a, &b, block).copied().collect();
-            self.device.upload(&buffer, at, &staged)?;
-            at += staged.len();
-            self.advance(staged.len());
-        }
+    fn interleaved(&mut self, first: &str, second: &str, rows: usize, k: usize) -> Result<Arc<Buffer>> {
+        let bytes = 2 * rows * k * ELEMENT;
+        let Weights::Checkpoint(checkpoint) = self.weights else { return self.dummy(bytes) };
+        let sources = vec![(checkpoint.weights(first, &[rows, k])?, 0), (checkpoint.weights(second, &[rows, k])?, 0)];
+        let buffer = Arc::new(self.device.alloc_to_fill(bytes)?);
+        self.fill(&buffer, 0, sources, rows * k, INTERLEAVE * k);
         Ok(buffer)
     }
 
-    fn dummy(&mut self, bytes: usize) -> Result<Buffer> {
+    /// Notes that a range of the buffer is to be filled with so many elements of each source, in turns of `block`.
+    fn fill(
+        &mut self,
+        to: &Arc<Buffer>,
+        offset: usize,
+        from: Vec<(TensorView<'a>, usize)>,
+        elements: usize,
+        block: usize,
+    ) {
+        let step = match from.len() {
+            1 => PIECE / ELEMENT,
+            count => (PIECE / ELEMENT / count / block).max(1) * block,
+        };
+        self.pieces.extend((0..elements).step_by(step).map(|begin| Piece {
+            buffer: to.clone(),
+            offset: offset + begin * from.len() * ELEMENT,
+            sources: from.iter().map(|&(tensor, first)| (tensor, first + begin)).collect(),
+            elements: step.min(elements - begin),
+            block: block.min(step),
+        }));
+    }
+
+    /// Loads all that has been asked for so far: what is launched after that finds it on the device.
+    ///
+    /// # Errors
+    /// The first of any thread; the others stop at their next piece.
+    pub fn flush(&mut self) -> Result<()> {
+        let Weights::Checkpoint(checkpoint) = self.weights else { return Ok(()) };
+        let pieces = std::mem::take(&mut self.pieces);
+        let largest = pieces.iter().map(Piece::bytes).max().unwrap_or(0);
+        let threads = THREADS.min(pieces.len());
+        let uploaders = (0..threads).map(|_| self.device.uploader(largest)).collect::<Result<Vec<_>>>()?;
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let (sender, loaded) = mpsc::channel();
+            for mut uploader in uploaders {
+                let (sender, pieces, next) = (sender.clone(), &pieces, &next);
+                scope.spawn(move || {
+                    while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let result = piece.upload(checkpoint, &mut uploader).map(|()| piece.bytes());
+                        // Nobody listens any more where another thread has failed.
+                        if sender.send(result).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            loaded.into_iter().try_for_each(|bytes| bytes.map(|bytes| self.advance(bytes)))
+        })
+    }
+
+    fn dummy(&mut self, bytes: usize) -> Result<Arc<Buffer>> {
         let buffer = self.device.alloc(bytes)?;
-        self.device.launch(&ops::random(self.device, &buffer, bytes / 2, self.made, DUMMY_DEVIATION))?;
+        self.device.launch(&ops::random(self.device, &buffer, bytes / ELEMENT, self.made, DUMMY_DEVIATION))?;
         self.made += 1;
         self.advance(bytes);
-        Ok(buffer)
+        Ok(buffer.into())
     }
 
     fn advance(&mut self, bytes: usize) {
@@ -182,12 +264,3 @@ impl<'a> Loader<'a> {
 
 /// Of dummy weights: what models are initialised with, so that activations stay near 1.
 const DUMMY_DEVIATION: f32 = 0.02;
-
-/// Bytes uploaded at a time, so that the progress is seen.
-const PIECE: usize = 16 << 20;
-
-/// Elements in pieces of about that many bytes, each a multiple of `unit` bytes.
-fn pieces(elements: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
-    let step = unit * (PIECE / unit).max(1) / 2;
-    (0..elements).step_by(step).map(move |at| at..elements.min(at + step))
-}

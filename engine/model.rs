@@ -181,13 +181,14 @@ impl Model {
         let (eps, all) = (config.rms_norm_eps, weight_bytes(config));
         let mut loader = Loader::new(device, weights, eps, all, progress);
         let (c, h) = (config, config.hidden_size);
-        let embedding = Arc::new(loader.matrix("model.embed_tokens.weight", c.vocab_size, h)?);
+        let embedding = loader.matrix("model.embed_tokens.weight", c.vocab_size, h)?;
         let layers = (0..c.num_layers).map(|i| loader.layer(c, i)).collect::<Result<_>>()?;
         let head_weight = match c.tie_word_embeddings {
             true => embedding.clone(),
-            false => Arc::new(loader.matrix("lm_head.weight", c.vocab_size, h)?),
+            false => loader.matrix("lm_head.weight", c.vocab_size, h)?,
         };
         let final_norm = loader.norm("model.norm.weight", h)?;
+        loader.flush()?;
         let head = Linear::new(device, head_weight, None, c.vocab_size, h)?;
         let table = c.rope.cos_sin(positions as usize, c.head_dim);
         let cos_sin = device.alloc(table.len() * 4)?;

@@ -28,7 +28,7 @@ pub struct Linear {
     weight: Arc<Buffer>,
     /// Where it is e4m3 and not bf16.
     scales: Option<Scales>,
-    bias: Option<Buffer>,
+    bias: Option<Arc<Buffer>>,
     n: u64,
     k: u64,
     /// For the widths of `tiling`: boxes of half a tile.
@@ -276,16 +276,16 @@ fn matrix_map(device: &Device, buffer: &Buffer, rows: u64, columns: u64, boxes: 
 
 impl Linear {
     /// In bf16. n: a multiple of 64, or of 16 for [`Output::Logits`]; k: a multiple of 64.
-    pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Buffer>, n: usize, k: usize) -> Result<Linear> {
+    pub fn new(device: &Device, weight: Arc<Buffer>, bias: Option<Arc<Buffer>>, n: usize, k: usize) -> Result<Linear> {
         Linear::of(device, weight, None, bias, [n as u64, k as u64])
     }
 
     /// In e4m3. n and k: multiples of 64.
     pub fn fp8(
         device: &Device,
-        weight: Buffer,
+        weight: Arc<Buffer>,
         scales: Scales,
-        bias: Option<Buffer>,
+        bias: Option<Arc<Buffer>>,
         n: usize,
         k: usize,
     ) -> Result<Linear> {
@@ -296,14 +296,14 @@ impl Linear {
         };
         let (Scales::Rows(buffer) | Scales::Blocks(buffer)) = &scales;
         assert_eq!(buffer.bytes(), count * 4);
-        Linear::of(device, Arc::new(weight), Some(scales), bias, [n as u64, k as u64])
+        Linear::of(device, weight, Some(scales), bias, [n as u64, k as u64])
     }
 
     fn of(
         device: &Device,
         weight: Arc<Buffer>,
         scales: Option<Scales>,
-        bias: Option<Buffer>,
+        bias: Option<Arc<Buffer>>,
         [n, k]: [u64; 2],
     ) -> Result<Linear> {
         let mut linear = Linear {
@@ -674,7 +674,7 @@ pub fn embed(
 
 /// An RMSNorm's weight [hidden] and epsilon.
 pub struct Norm {
-    pub weight: Buffer,
+    pub weight: Arc<Buffer>,
     pub eps: f32,
 }
 

@@ -83,6 +83,35 @@ fn child() {
             eprintln!("error: {}", device.alloc(1 << 40).err().unwrap());
             device.synchronize().unwrap();
         }
+        "uploads" => {
+            const THREADS: usize = 3;
+            const ROUNDS: usize = 20;
+            let byte = |thread: usize, round: usize| (thread * ROUNDS + round) as u8;
+            let buffer = device.alloc(1 + THREADS * ROUNDS * 50).unwrap();
+            device.fill(&buffer, 0, 1, 99).unwrap();
+            std::thread::scope(|scope| {
+                for thread in 0..THREADS {
+                    let (device, buffer) = (&device, &buffer);
+                    scope.spawn(move || {
+                        let mut uploader = device.uploader(50).unwrap();
+                        for round in 0..ROUNDS {
+                            let fill = |to: &mut [u8]| {
+                                to.fill((thread * ROUNDS + round) as u8);
+                                Ok(())
+                            };
+                            uploader.upload(buffer, 1 + (thread * ROUNDS + round) * 50, 50, fill).unwrap();
+                        }
+                        let refuse = |_: &mut [u8]| Err(ponder::Error::Usage("a bad file".into()));
+                        let error = uploader.upload(buffer, 0, 1, refuse).unwrap_err();
+                        assert_eq!(error.to_string(), "a bad file");
+                    });
+                }
+            });
+            let mut bytes = vec![0; buffer.bytes()];
+            device.download(&buffer, 0, &mut bytes).unwrap();
+            let written = (0..THREADS * ROUNDS).flat_map(|i| [i as u8; 50]);
+            assert!(bytes.into_iter().eq([99].into_iter().chain(written)));
+        }
         "launch" => {
             device.launch(&rope()).unwrap();
             assert_eq!(device.time(&rope()).unwrap(), 2.5e-3);
@@ -278,6 +307,17 @@ fn memory_is_aligned_cached_and_given_back() {
     // Mapped and portable, not write-combined.
     let host = calls.iter().position(|c| c == "allocate 64 host bytes, flags 3").unwrap();
     assert_eq!(calls[host + 1..], ["synchronize", "synchronize", "free host", "free", "destroy stream"]);
+}
+
+/// Each thread fills page-locked memory of its own, a pair that takes turns, and no faster than it is copied: the stand-in copies
+/// as late as it can.
+#[test]
+fn threads_upload_through_staging_memory() {
+    let calls = run("uploads", &[]).0;
+    let count = |call: &str| calls.iter().filter(|c| *c == call).count();
+    assert_eq!(count("allocate 50 host bytes, flags 3"), 3 * 2);
+    assert_eq!(count("copy 50 bytes"), 3 * 20);
+    assert_eq!((count("free host"), count("destroy event")), (3 * 2, 3 * 2));
 }
 
 #[test]

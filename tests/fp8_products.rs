@@ -64,8 +64,8 @@ impl Weights {
             Some(rows) => Scales::Rows(upload(device, rows)),
             None => Scales::Blocks(upload(device, &self.blocks)),
         };
-        let bias = bias.map(|bias| upload(device, bias));
-        Linear::fp8(device, upload(device, &self.numbers), scales, bias, self.n, self.k).unwrap()
+        let bias = bias.map(|bias| upload(device, bias).into());
+        Linear::fp8(device, upload(device, &self.numbers).into(), scales, bias, self.n, self.k).unwrap()
     }
 }
 
@@ -163,7 +163,7 @@ fn the_norm_makes_fp8() {
             let x: Vec<bf16> = (0..3 * hidden).map(scaled).collect();
             let normed: Vec<bf16> =
                 (0..3 * hidden).map(|i| bf16::from_f32(signs[i] * weight[i % hidden].to_f32())).collect();
-            let norm = Norm { weight: upload(&device, &weight), eps: 0.0 };
+            let norm = Norm { weight: upload(&device, &weight).into(), eps: 0.0 };
             let out = Quantised::new(&device, 3, hidden).unwrap();
             device.launch(&ops::rms_norm_fp8(&upload(&device, &x), &norm, 3, &out)).unwrap();
             let (numbers, scales) = out.buffers();
@@ -311,7 +311,7 @@ fn gemv(device: &Device, random: &mut Random, [rows, n, k]: [usize; 3], epilogue
         }
         false => normed(random, rows, &norm),
     };
-    let (x, norm) = (upload(device, &x), Norm { weight: upload(device, &norm), eps: 0.0 });
+    let (x, norm) = (upload(device, &x), Norm { weight: upload(device, &norm).into(), eps: 0.0 });
     if !adds {
         sum_squares(device, &x, rows as u32, k, &workspace);
     }
@@ -373,7 +373,7 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
             let w = Weights::new(&mut random, n, k, false);
             let weight = values(&mut random, 1, k);
             let linear = w.linear(&device, Some(&values(&mut random, 1, n)));
-            let (x, norm) = (normed(&mut random, rows, &weight).0, Norm { weight: upload(&device, &weight), eps: 0.0 });
+            let (x, norm) = (normed(&mut random, rows, &weight).0, Norm { weight: upload(&device, &weight).into(), eps: 0.0 });
             let (x, count) = (upload(&device, &x), rows as u32);
             let workspace = Workspace::new(&device, n, k, heads, None).unwrap();
             sum_squares(&device, &x, count, k, &workspace);

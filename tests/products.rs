@@ -393,8 +393,8 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
             let (n, k) = (heads.columns() as usize, 192);
             let decode = Decode::new(&mut random, rows, n, k, Epilogue::Bias);
             let weight = Arc::new(upload(&device, &decode.case.w));
-            let w = Linear::new(&device, weight, Some(upload(&device, &decode.case.extra)), n, k).unwrap();
-            let norm = Norm { weight: upload(&device, &decode.norm), eps: 0.0 };
+            let w = Linear::new(&device, weight, Some(upload(&device, &decode.case.extra).into()), n, k).unwrap();
+            let norm = Norm { weight: upload(&device, &decode.norm).into(), eps: 0.0 };
             let workspace = Workspace::new(&device, n, k, heads, None).unwrap();
             // A residual product leaves the sums of squares: of x, if it adds nothing to it.
             let x = upload(&device, &decode.x);

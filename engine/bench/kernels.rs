@@ -323,7 +323,7 @@ impl Bench<'_> {
         let w = self.linear(n, k, bias)?;
         let x = self.random((MAX_DECODE_ROWS * k) as usize, 1.0)?;
         let out = self.random((MAX_DECODE_ROWS * n) as usize * 2, 1.0)?;
-        let norm = Norm { weight: self.random(k as usize, 1.0)?, eps: 1e-6 };
+        let norm = Norm { weight: self.random(k as usize, 1.0)?.into(), eps: 1e-6 };
         let cos_sin = self.random_f32((100 * s.heads.dim) as usize, 1.0)?;
         let workspace = Workspace::new(self.device, n as usize, n.max(k) as usize, s.heads, None)?;
         for shape in wanted {
@@ -411,7 +411,7 @@ impl Bench<'_> {
             let launch = ops::embed(&table, &slots.states, &rows, tokens, &out, hidden, s.vocab as usize);
             self.measure("embed", "embed", &shape, &launch)?;
         }
-        let norm = Norm { weight: self.random(hidden, 1.0)?, eps: 1e-6 };
+        let norm = Norm { weight: self.random(hidden, 1.0)?.into(), eps: 1e-6 };
         for shape in self.wanted("norm", "norm", shapes()) {
             let count = shape[0].1;
             let x = self.random(count as usize * hidden, 1.0)?;
@@ -482,7 +482,7 @@ impl Bench<'_> {
 
     fn linear(&mut self, n: u32, k: u32, bias: bool) -> Result<Linear> {
         let weight = self.random(n as usize * k as usize, 0.02)?;
-        let bias = if bias { Some(self.random(n as usize, 0.02)?) } else { None };
+        let bias = if bias { Some(self.random(n as usize, 0.02)?.into()) } else { None };
         Linear::new(self.device, Arc::new(weight), bias, n as usize, k as usize)
     }
 

@@ -5,6 +5,7 @@ pub mod budget;
 pub mod host;
 pub mod kernels;
 pub mod load;
+pub mod loading;
 pub mod perplexity;
 pub mod serve;
 

@@ -2,14 +2,15 @@
 
 use super::output::Printer;
 use crate::args::{
-    BenchArgs, BenchCommand, BudgetBenchArgs, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, PerplexityArgs,
-    ServeBenchArgs, ThroughputArgs,
+    BenchArgs, BenchCommand, BudgetBenchArgs, HostBenchArgs, KernelBenchArgs, LatencyArgs, LoadArgs, LoadBenchArgs,
+    PerplexityArgs, ServeBenchArgs, ThroughputArgs,
 };
 use crate::bench::kernels::{self, Measurement};
 use crate::bench::load::{self, Load};
 use crate::bench::serve::{self, Arrival};
-use crate::bench::{Report, Roofline, budget, host, perplexity};
+use crate::bench::{Report, Roofline, budget, host, loading, perplexity};
 use crate::chat::Message;
+use crate::config::ModelConfig;
 use crate::device::Device;
 use crate::executor::ExecutorOptions;
 use crate::frontend::Frontend;
@@ -23,6 +24,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Kernels(args) => kernels(args),
         BenchCommand::Host(args) => host_work(args),
+        BenchCommand::Load(args) => load_weights(args),
         BenchCommand::Budget(args) => thinking_budget(args),
         BenchCommand::Perplexity(args) => text_perplexity(args),
         BenchCommand::Latency(args) => latency(args),
@@ -66,6 +68,25 @@ fn host_work(args: &HostBenchArgs) -> Result<()> {
         results.push(measurement);
     }
     let report = Report::new("ponder-bench-host", &device, results);
+    args.json.as_ref().map_or(Ok(()), |path| report.save(path))
+}
+
+fn load_weights(args: &LoadBenchArgs) -> Result<()> {
+    let config = ModelConfig::load(&args.path)?;
+    let device = Device::open(args.device.parse()?)?;
+    let measured = super::with_loading_bar(|progress| loading::run(&args.path, &config, &device, progress))?;
+    let peak = measured.peak_resident_bytes.map(|bytes| format!("; at most {:.2} GB of memory", bytes as f64 / 1e9));
+    Printer::new().write(&format!(
+        "{}\n{:.2} GB of {} in {:.2} s, {:.2} GB/s{}\n",
+        device.describe(),
+        measured.bytes as f64 / 1e9,
+        args.path.display(),
+        measured.seconds,
+        measured.bytes_per_second / 1e9,
+        peak.unwrap_or_default()
+    ))?;
+    let mut report = Report::new("ponder-bench-load", &device, measured);
+    report.args = Some(json!({"model": args.path}));
     args.json.as_ref().map_or(Ok(()), |path| report.save(path))
 }
 

@@ -58,15 +58,7 @@ fn load(
     options: &ExecutorOptions,
 ) -> Result<Engine> {
     let weights = checkpoint.map_or(Weights::Dummy, Weights::Checkpoint);
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
-    bar.set_style(style.expect("a valid template"));
-    let engine = Engine::new(frontend, weights, device, options, &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    let engine = engine?;
+    let engine = with_loading_bar(|progress| Engine::new(frontend, weights, device, options, progress))?;
     let memory = inspect::memory_line(engine.memory());
     if tracing::enabled!(tracing::Level::INFO) {
         tracing::info!("{memory}");
@@ -74,6 +66,19 @@ fn load(
         eprintln!("{memory}");
     }
     Ok(engine)
+}
+
+/// Bytes loaded and bytes in all, shown while `load` runs.
+fn with_loading_bar<T>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<T>) -> Result<T> {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
+    bar.set_style(style.expect("a valid template"));
+    let loaded = load(&mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    loaded
 }
 
 fn options(args: &ModelArgs) -> ExecutorOptions {

@@ -4,7 +4,7 @@
 //! graph would record. An error is final: all later calls repeat it, and nothing falls back to the host target.
 //! Must not know what any kernel computes.
 
-use super::{Graph, KernelEntry, Launch, TensorMapSpec};
+use super::{Graph, KernelEntry, Launch, Pinned, TensorMapSpec};
 use crate::kernels::{self, params::TensorMap};
 use crate::{Error, Result};
 use cudarc::driver::{result, sys};
@@ -51,6 +51,38 @@ impl Drop for GraphExec {
     fn drop(&mut self) {
         // SAFETY: made by cuGraphInstantiate and destroyed only here; the driver keeps it until replays in flight are over.
         let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
+/// Page-locked memory on its way to the device.
+pub struct Staging {
+    memory: Pinned,
+    /// Recorded behind each copy from the memory.
+    copied: Event,
+}
+
+struct Event(sys::CUevent);
+
+// SAFETY: a handle that any thread may use.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by cuEventCreate and destroyed only here; the driver keeps it until what it was recorded behind is over.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+impl Staging {
+    pub fn new(device: &CudaDevice, memory: Pinned) -> Result<Staging> {
+        device.enter()?;
+        // Who waits for it sleeps: the other threads have the cores to fill theirs.
+        let flags =
+            sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: writes one handle.
+        device.check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, flags).result() })?;
+        Ok(Staging { memory, copied: Event(event) })
     }
 }
 
@@ -227,6 +259,28 @@ impl CudaDevice {
         self.enter_outside_capture("upload")?;
         // SAFETY: the caller has checked that the range lies in a buffer.
         self.check("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(address, data, self.stream) })
+    }
+
+    /// Lets `write` fill the staging memory, once its last copy is over, and enqueues the next.
+    pub fn upload_staged(
+        &self,
+        staging: &mut Staging,
+        address: u64,
+        bytes: usize,
+        write: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        assert!(bytes <= staging.memory.bytes(), "more than the staging memory holds");
+        self.enter_outside_capture("upload")?;
+        // SAFETY: an event of this context; one that was never recorded is over.
+        self.check("cuEventSynchronize", unsafe { result::event::synchronize(staging.copied.0) })?;
+        // SAFETY: page-locked memory of that size, initialised by `alloc_pinned`, that the device does not read any more.
+        let memory = unsafe { std::slice::from_raw_parts_mut(staging.memory.host(), bytes) };
+        write(memory)?;
+        // SAFETY: the caller has checked that the range lies in a buffer. The memory is not written before the event has passed,
+        // nor freed: freeing it waits for the stream.
+        self.check("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(address, memory, self.stream) })?;
+        // SAFETY: our event and our stream.
+        self.check("cuEventRecord", unsafe { result::event::record(staging.copied.0, self.stream) })
     }
 
     pub fn download(&self, address: u64, data: &mut [u8]) -> Result<()> {

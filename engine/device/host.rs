@@ -125,9 +125,10 @@ impl HostDevice {
         None
     }
 
-    pub fn alloc(&self, bytes: usize) -> Result<u64> {
+    /// `nan`: filled with it.
+    pub fn alloc(&self, bytes: usize, nan: bool) -> Result<u64> {
         // SAFETY: plain allocation; null is checked.
-        let memory = unsafe { simt::simt_alloc(bytes as u64, self.queue.id()) };
+        let memory = unsafe { simt::simt_alloc(bytes as u64, self.queue.id(), nan as u32) };
         if memory.is_null() {
             return Err(Error::Device(format!("not enough memory: {bytes} bytes more could not be had")));
         }
@@ -141,7 +142,7 @@ impl HostDevice {
     }
 
     pub fn alloc_pinned(&self, bytes: usize) -> Result<(*mut u8, u64)> {
-        let address = self.alloc(bytes)?;
+        let address = self.alloc(bytes, true)?;
         Ok((address as *mut u8, address))
     }
 
@@ -151,6 +152,14 @@ impl HostDevice {
 
     pub fn upload(&self, address: u64, data: &[u8]) -> Result<()> {
         self.push(Work::Upload(address, data.into()))
+    }
+
+    /// Lets `write` fill the memory itself, once nothing enqueued uses it any more.
+    pub fn write(&self, address: u64, bytes: usize, write: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.drain()?;
+        // SAFETY: the range lies in a live allocation (checked by the caller against the buffer), the stream is idle, and
+        // nobody else fills the range (Uploader::upload). Memory that was never written has been mapped, and any byte is a u8.
+        write(unsafe { std::slice::from_raw_parts_mut(address as *mut u8, bytes) })
     }
 
     pub fn fill(&self, address: u64, bytes: usize, value: u8) -> Result<()> {

@@ -104,6 +104,13 @@ pub struct Pinned {
 // SAFETY: the memory is this struct's own, and any thread may free it.
 unsafe impl Send for Pinned {}
 
+/// Fills buffers beside the stream's other users: every thread that uploads much has its own.
+pub struct Uploader {
+    device: Device,
+    /// On a GPU: while one is copied the other is filled.
+    staging: [Option<cuda::Staging>; 2],
+}
+
 /// A recorded list of launches.
 pub struct Graph {
     pub launches: Vec<Launch>,
@@ -201,8 +208,22 @@ impl Device {
     /// # Errors
     /// None left, or a device that is only simulated.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        self.alloc_as(bytes, true)
+    }
+
+    /// The same for what is filled before it is read: the host target does not touch it, which for a model's weights takes
+    /// as long as loading them.
+    pub fn alloc_to_fill(&self, bytes: usize) -> Result<Buffer> {
+        self.alloc_as(bytes, false)
+    }
+
+    fn alloc_as(&self, bytes: usize, nan: bool) -> Result<Buffer> {
         self.refuse_simulated()?;
-        let address = on!(self, d => d.alloc(bytes))?;
+        let address = match &*self.0 {
+            Target::Host(d) => d.alloc(bytes, nan),
+            Target::Cuda(d) => d.alloc(bytes),
+            Target::Simulated(_) => unreachable!("refused"),
+        }?;
         self.1.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(Buffer { device: self.clone(), address, bytes })
     }
@@ -224,6 +245,18 @@ impl Device {
     pub fn upload(&self, buffer: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
         assert!(offset + data.len() <= buffer.bytes, "upload past the end");
         on!(self, d => d.upload(buffer.address + offset as u64, data))
+    }
+
+    /// For uploads of at most so many bytes each.
+    ///
+    /// # Errors
+    /// No memory left that the device can read.
+    pub fn uploader(&self, bytes: usize) -> Result<Uploader> {
+        let staging = || match &*self.0 {
+            Target::Cuda(d) => Ok(Some(cuda::Staging::new(d, self.alloc_pinned(bytes)?)?)),
+            _ => Ok(None),
+        };
+        Ok(Uploader { device: self.clone(), staging: [staging()?, staging()?] })
     }
 
     /// Waits for everything before it.
@@ -352,6 +385,34 @@ impl Pinned {
 
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+impl Uploader {
+    /// Fills `buffer[offset..][..bytes]`, in stream order, with what `write` writes: to page-locked memory, which is copied
+    /// after this has returned; on the host target to the buffer itself. Several threads may do so at once, with ranges that
+    /// do not overlap.
+    ///
+    /// # Errors
+    /// Those of `write`, and of anything enqueued before.
+    pub fn upload(
+        &mut self,
+        buffer: &Buffer,
+        offset: usize,
+        bytes: usize,
+        write: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        assert!(offset + bytes <= buffer.bytes, "upload past the end");
+        let address = buffer.address + offset as u64;
+        match (&*self.device.0, &mut self.staging) {
+            (Target::Host(d), _) => d.write(address, bytes, write),
+            (Target::Cuda(d), [Some(staging), _]) => {
+                d.upload_staged(staging, address, bytes, write)?;
+                self.staging.swap(0, 1);
+                Ok(())
+            }
+            _ => unreachable!("an uploader of this device"),
+        }
     }
 }
 

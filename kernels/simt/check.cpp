@@ -473,11 +473,11 @@ void check_proxy(const void* p, uint32_t bytes, const char* reader) {
 
 using namespace simt;
 
-extern "C" void* simt_alloc(uint64_t bytes, uint64_t stream) {
+extern "C" void* simt_alloc(uint64_t bytes, uint64_t stream, uint32_t nan) {
   const uint64_t size = (bytes + 1023) / 1024 * 1024;
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, size ? size : 1024)) return nullptr;
-  memset(memory, 0xff, size);
+  if (nan) memset(memory, 0xff, size);
   auto a = std::make_shared<Allocation>();
   a->begin = (uint64_t)memory;
   a->end = a->begin + bytes;

@@ -46,8 +46,8 @@ typedef struct SimtLaunch {
 int simt_run(const SimtLaunch* launch, char* report, uint64_t capacity);
 
 // Device memory of the host target: the checked build knows these allocations and reports accesses outside of them.
-// 1024-byte aligned, filled with a NaN pattern, guarded; null when there is no memory. Launches of one stream write it.
-void* simt_alloc(uint64_t bytes, uint64_t stream);
+// 1024-byte aligned, guarded, filled with a NaN pattern if `nan`; null when there is no memory. Launches of one stream write it.
+void* simt_alloc(uint64_t bytes, uint64_t stream, uint32_t nan);
 void simt_free(void* p);
 // The host has waited for everything before in this stream: nothing is pending for the PDL check.
 void simt_sync(uint64_t stream);

@@ -1,6 +1,8 @@
 // A libcuda.so for machines without a GPU: it records the calls that engine/device/cuda.rs makes, one line each on standard
-// error, and runs no kernel. Device memory is host memory. What it pretends to be comes from the environment:
+// error, and runs no kernel. Device memory is host memory. It copies from page-locked memory as late as a driver may: when somebody
+// waits for the copy, or for what comes after it. What it pretends to be comes from the environment:
 // FAKE_VERSION (13000), FAKE_CAPABILITY (90), FAKE_FREE (1000 bytes of memory), FAKE_KERNELS ("name bytes threads name bytes threads ...").
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,7 +12,8 @@ typedef int Result;
 typedef uint64_t Address;
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
 
-#define LOG(...) (fprintf(stderr, "cuda: " __VA_ARGS__), fputc('\n', stderr))
+// One call, so that threads do not write into each other's lines.
+#define LOG(format, ...) fprintf(stderr, "cuda: " format "\n", ##__VA_ARGS__)
 
 static int number(const char* name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
 
@@ -103,16 +106,57 @@ Result cuLaunchKernelEx(const Config* c, struct Kernel* k, void** params, void**
   return c->grid[0] == 0 ? INVALID_VALUE : SUCCESS;
 }
 
+// ---- copies from page-locked memory ----
+
+enum { MOST = 1 << 16 };
+static struct {
+  void* begin;
+  size_t bytes;
+} locked[MOST];
+static struct {
+  void* to;
+  const void* from;
+  size_t bytes;
+} copies[MOST];
+static size_t locked_count, enqueued, finished;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+// Makes the first so many copies.
+static void finish(size_t count) {
+  pthread_mutex_lock(&lock);
+  for (; finished < count; finished++)
+    memcpy(copies[finished].to, copies[finished].from, copies[finished].bytes);
+  pthread_mutex_unlock(&lock);
+}
+
+static int enqueue(Address to, const void* from, size_t bytes) {
+  int is_locked = 0;
+  pthread_mutex_lock(&lock);
+  for (size_t i = 0; i < locked_count; i++)
+    is_locked |= (char*)from >= (char*)locked[i].begin && (char*)from < (char*)locked[i].begin + locked[i].bytes;
+  if (is_locked) copies[enqueued].to = (void*)to, copies[enqueued].from = from, copies[enqueued++].bytes = bytes;
+  if (enqueued == MOST) abort();
+  pthread_mutex_unlock(&lock);
+  return is_locked;
+}
+
 // ---- streams, events, graphs ----
 
 Result cuStreamCreate(void** stream, unsigned flags) { return *stream = (void*)3, SUCCESS; }
 Result cuStreamDestroy_v2(void* stream) { return LOG("destroy stream"), SUCCESS; }
-Result cuStreamSynchronize(void* stream) { return LOG("synchronize"), SUCCESS; }
+Result cuStreamSynchronize(void* stream) { return finish(enqueued), LOG("synchronize"), SUCCESS; }
 Result cuStreamQuery(void* stream) { return SUCCESS; }
-Result cuEventCreate(void** event, unsigned flags) { return *event = (void*)4, SUCCESS; }
-Result cuEventRecord(void* event, void* stream) { return LOG("record event"), SUCCESS; }
+// An event is the number of copies before it.
+Result cuEventCreate(size_t** event, unsigned flags) { return *event = calloc(1, sizeof(size_t)), SUCCESS; }
+Result cuEventRecord(size_t* event, void* stream) {
+  pthread_mutex_lock(&lock);
+  *event = enqueued;
+  pthread_mutex_unlock(&lock);
+  return LOG("record event"), SUCCESS;
+}
+Result cuEventSynchronize(const size_t* event) { return finish(*event), SUCCESS; }
 Result cuEventElapsedTime_v2(float* ms, void* start, void* end) { return *ms = 2.5f, SUCCESS; }
-Result cuEventDestroy_v2(void* event) { return LOG("destroy event"), SUCCESS; }
+Result cuEventDestroy_v2(void* event) { return free(event), LOG("destroy event"), SUCCESS; }
 Result cuStreamBeginCapture_v2(void* stream, int mode) { return LOG("begin capture, mode %d", mode), SUCCESS; }
 Result cuStreamEndCapture(void* stream, void** graph) { return *graph = (void*)5, LOG("end capture"), SUCCESS; }
 Result cuGraphCreate(void** graph, unsigned flags) { return *graph = (void*)7, LOG("create graph"), SUCCESS; }
@@ -160,23 +204,34 @@ Result cuMemFree_v2(Address address) { return free((void*)(address - 256)), LOG(
 Result cuMemHostAlloc(void** p, size_t bytes, unsigned flags) {
   *p = malloc(bytes);
   memset(*p, 0xaa, bytes);
+  pthread_mutex_lock(&lock);
+  locked[locked_count].begin = *p, locked[locked_count++].bytes = bytes;
+  pthread_mutex_unlock(&lock);
   return LOG("allocate %zu host bytes, flags %u", bytes, flags), SUCCESS;
 }
 Result cuMemHostGetDevicePointer_v2(Address* address, void* p, unsigned flags) {
   return *address = (Address)p, SUCCESS;
 }
-Result cuMemFreeHost(void* p) { return free(p), LOG("free host"), SUCCESS; }
+Result cuMemFreeHost(void* p) {
+  // What is copied from it later finds nothing of what was there.
+  pthread_mutex_lock(&lock);
+  for (size_t i = 0; i < locked_count; i++)
+    if (locked[i].begin == p) memset(p, 0xbb, locked[i].bytes);
+  pthread_mutex_unlock(&lock);
+  return LOG("free host"), SUCCESS;
+}
 Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
-  return memcpy((void*)to, from, bytes), SUCCESS;
+  if (enqueue(to, from, bytes)) return LOG("copy %zu bytes", bytes), SUCCESS;
+  return finish(enqueued), memcpy((void*)to, from, bytes), SUCCESS;
 }
 Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
-  return memcpy(to, (void*)from, bytes), SUCCESS;
+  return finish(enqueued), memcpy(to, (void*)from, bytes), SUCCESS;
 }
 Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
-  return memcpy((void*)to, (void*)from, bytes), SUCCESS;
+  return finish(enqueued), memcpy((void*)to, (void*)from, bytes), SUCCESS;
 }
 Result cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream) {
-  return memset((void*)to, value, bytes), SUCCESS;
+  return finish(enqueued), memset((void*)to, value, bytes), SUCCESS;
 }
 Result cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const uint64_t* dims,
                               const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
