@@ -7,7 +7,7 @@ use crate::device::simulated::SimulatedGpu;
 use crate::device::{Buffer, Device, Graph, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS, TokenRing};
 use crate::kv_cache::KvCache;
-use crate::model::{self, Activations, Model, PrefillStep, Weights};
+use crate::model::{self, Activations, Fusion, Model, PrefillStep, Weights};
 use crate::ops::{self, KvType, Rows, Tiles};
 use crate::scoring;
 use crate::slots::{self, Slots};
@@ -73,6 +73,7 @@ pub struct ExecutorOptions {
 pub struct Techniques {
     /// Kernels may start before their predecessors have finished.
     pub pdl: bool,
+    pub fusion: Fusion,
     /// Attention of decode cuts sequences, so that few of them occupy all processors.
     pub split_kv: bool,
     /// A decode step has no more rows than the smallest bucket that holds it, instead of the largest.
@@ -83,7 +84,7 @@ pub struct Techniques {
 
 impl Default for Techniques {
     fn default() -> Self {
-        Techniques { pdl: true, split_kv: true, buckets: true, run_ahead: 3 }
+        Techniques { pdl: true, fusion: Fusion::default(), split_kv: true, buckets: true, run_ahead: 3 }
     }
 }
 
@@ -461,7 +462,8 @@ impl Executor {
     /// The launches of a decode step of so many rows, as recorded.
     pub fn decode_launches(&self, bucket: u32, keys: u64) -> Result<Vec<Launch>> {
         let rows = Rows { count: bucket, slot: &self.inputs.decode_slot, position: &self.inputs.position };
-        let launches = self.model.decode(&rows, keys, &self.cache, &self.slots, &self.activations)?;
+        let (activations, fusion) = (&self.activations, self.techniques.fusion);
+        let launches = self.model.decode(&rows, keys, &self.cache, &self.slots, activations, fusion)?;
         Ok(self.with_techniques(launches))
     }
 

@@ -52,6 +52,27 @@ pub(crate) struct Layer {
     pub kv_scales: KvScales,
 }
 
+/// What kernels of a decode step do together. Turned off, it takes more launches, or more bytes, to the same tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fusion {
+    /// Products of q, k and v and of gate and up normalise what they read.
+    pub norm: bool,
+    /// The product of q, k and v rotates and appends to the cache, where no norm of heads stands between them.
+    pub rope: bool,
+    /// Products of o and down add to the residual stream.
+    pub residual: bool,
+    /// The product of gate and up makes silu(gate) * up.
+    pub silu: bool,
+    /// The query heads of a KV head read keys and values together.
+    pub packed_gqa: bool,
+}
+
+impl Default for Fusion {
+    fn default() -> Self {
+        Fusion { norm: true, rope: true, residual: true, silu: true, packed_gqa: true }
+    }
+}
+
 /// What flows through a step; every buffer has room for `rows` rows. Reused by every layer.
 pub struct Activations {
     /// [rows][hidden], the residual stream.
@@ -64,7 +85,7 @@ pub struct Activations {
     attention: Buffer,
     /// [rows][intermediate].
     mlp: Buffer,
-    /// [64][vocab] fp32.
+    /// [64][vocab] fp32. Where silu is not fused, of gate and up before: [64][2 intermediate].
     pub logits: Buffer,
     workspace: Workspace,
 }
@@ -77,7 +98,7 @@ impl Activations {
         let columns =
             2 * c.hidden_size + (heads.columns() + 2 * heads.query * heads.dim) as usize + c.intermediate_size;
         let workspace = Workspace::bytes(device, widest(c), c.hidden_size, heads, fixed_splits);
-        (rows as usize * columns * 2 + decode * c.vocab_size * 4) as u64 + workspace
+        (rows as usize * columns * 2 + decode * logit_columns(c) * 4) as u64 + workspace
     }
 
     /// `rows`: of a prefill step. `fixed_splits`: see [`Workspace::new`].
@@ -94,7 +115,7 @@ impl Activations {
             q: matrix(q_columns)?,
             attention: matrix(q_columns)?,
             mlp: matrix(c.intermediate_size)?,
-            logits: device.alloc(decode * c.vocab_size * 4)?,
+            logits: device.alloc(decode * logit_columns(c) * 4)?,
             workspace: Workspace::new(device, widest(c), c.hidden_size, heads, fixed_splits)?,
         })
     }
@@ -115,6 +136,11 @@ pub struct PrefillStep<'a> {
 
 pub fn heads(c: &ModelConfig) -> Heads {
     Heads { query: c.num_heads as u32, kv: c.num_kv_heads as u32, dim: c.head_dim as u32 }
+}
+
+/// Columns of the widest decode product that leaves fp32.
+fn logit_columns(c: &ModelConfig) -> usize {
+    c.vocab_size.max(2 * c.intermediate_size)
 }
 
 /// Columns of the widest decode product.
@@ -255,28 +281,50 @@ impl Model {
         cache: &KvCache,
         slots: &Slots,
         a: &Activations,
+        fusion: Fusion,
     ) -> Result<Vec<Launch>> {
         let (heads, n) = (self.heads(), rows.count);
         let gemv =
             |input: Input, w: &Linear, output: Output| ops::gemv(&self.device, input, w, n, output, &a.workspace);
+        let normed = |norm, launches: &mut Vec<Launch>| {
+            if fusion.norm {
+                return Input::Normed(&a.residual, norm);
+            }
+            launches.push(ops::rms_norm_summed(&a.residual, norm, n, &a.normed, &a.workspace));
+            Input::Plain(&a.normed)
+        };
+        let add = |x: &Buffer, w: &Linear, launches: &mut Vec<Launch>| -> Result<()> {
+            if fusion.residual {
+                launches.push(gemv(Input::Plain(x), w, Output::Residual(&a.residual))?);
+            } else {
+                launches.push(gemv(Input::Plain(x), w, Output::Matrix(&a.normed))?);
+                launches.push(ops::add_residual(&a.normed, &a.residual, n, self.config.hidden_size, &a.workspace));
+            }
+            Ok(())
+        };
         let mut launches = vec![self.embed(slots, rows, Tokens::Slots(&a.workspace), a)];
         for (i, layer) in self.layers.iter().enumerate() {
             let (pages, window) = (cache.layer(i), self.config.windows[i]);
             let into = self.rope_into(rows, &pages, a);
-            let normed = Input::Normed(&a.residual, &layer.input_norm);
-            match &layer.qk_norm {
-                None => launches.push(gemv(normed, &layer.qkv, Output::Rope(&into))?),
-                Some((q, k)) => launches.extend([
-                    gemv(normed, &layer.qkv, Output::Matrix(&a.qkv))?,
-                    ops::rope_append(&a.qkv, Some((q, k)), &into),
+            let (out, next) = (&a.attention, Some(&layer.o));
+            let x = normed(&layer.input_norm, &mut launches);
+            match layer.qk_norm.as_ref().map(|(q, k)| (q, k)) {
+                None if fusion.rope => launches.push(gemv(x, &layer.qkv, Output::Rope(&into))?),
+                qk_norm => launches
+                    .extend([gemv(x, &layer.qkv, Output::Matrix(&a.qkv))?, ops::rope_append(&a.qkv, qk_norm, &into)]),
+            }
+            let packed = fusion.packed_gqa;
+            launches.push(ops::attn_decode(&a.q, heads, packed, window, rows, keys, &pages, out, next, &a.workspace));
+            add(out, &layer.o, &mut launches)?;
+            let x = normed(&layer.post_norm, &mut launches);
+            match fusion.silu {
+                true => launches.push(gemv(x, &layer.gate_up, Output::Silu(&a.mlp))?),
+                false => launches.extend([
+                    gemv(x, &layer.gate_up, Output::Logits(&a.logits))?,
+                    ops::silu_mul(&a.logits, n, self.config.intermediate_size, &a.mlp),
                 ]),
             }
-            launches.extend([
-                ops::attn_decode(&a.q, heads, window, rows, keys, &pages, &a.attention, Some(&layer.o), &a.workspace),
-                gemv(Input::Plain(&a.attention), &layer.o, Output::Residual(&a.residual))?,
-                gemv(Input::Normed(&a.residual, &layer.post_norm), &layer.gate_up, Output::Silu(&a.mlp))?,
-                gemv(Input::Plain(&a.mlp), &layer.down, Output::Residual(&a.residual))?,
-            ]);
+            add(&a.mlp, &layer.down, &mut launches)?;
         }
         launches.extend([
             ops::rms_norm(&a.residual, &self.final_norm, None, n, &a.normed),

@@ -223,7 +223,8 @@ impl WorkspaceSizes {
                 .expect("some split is the longest")
         });
         let split = fixed_splits.map_or(0, |(max_pages, _)| pieces(max_pages, split_pages) * attention);
-        let tickets = n.div_ceil(GEMV_TILE_ROWS as usize).max((MAX_DECODE_ROWS * heads.kv) as usize);
+        // Of attention one for each row and, if they are not packed, query head.
+        let tickets = n.div_ceil(GEMV_TILE_ROWS as usize).max((MAX_DECODE_ROWS * heads.query) as usize);
         WorkspaceSizes {
             partial: (blocks * 2 * gemv.max(attention)).max(split) * 4,
             tickets: tickets * 4,
@@ -521,7 +522,7 @@ pub enum Output<'a> {
     Silu(&'a Buffer),
     /// Added to the residual stream [rows][n]; the sums of squares go to the workspace.
     Residual(&'a Buffer),
-    /// [rows][n] fp32.
+    /// [rows][n] fp32, not rounded.
     Logits(&'a Buffer),
 }
 
@@ -543,6 +544,12 @@ fn gemv_kernels(norm: bool, output: Output, fp8: bool) -> OfRows {
         }
         (true, Output::Silu(_), false) => {
             [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64]
+        }
+        (false, Output::Matrix(_), false) => [&GEMV_M8, &GEMV_M16, &GEMV_M32, &GEMV_M64],
+        (false, Output::Rope(_), false) => [&GEMV_ROPE_M8, &GEMV_ROPE_M16, &GEMV_ROPE_M32, &GEMV_ROPE_M64],
+        (false, Output::Silu(_), false) => [&GEMV_SILU_M8, &GEMV_SILU_M16, &GEMV_SILU_M32, &GEMV_SILU_M64],
+        (true, Output::Logits(_), false) => {
+            [&GEMV_NORM_LOGITS_M8, &GEMV_NORM_LOGITS_M16, &GEMV_NORM_LOGITS_M32, &GEMV_NORM_LOGITS_M64]
         }
         (false, Output::Residual(_), false) => {
             [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64]
@@ -742,6 +749,40 @@ pub fn quantise_weight(w: &Buffer, n: usize, k: usize, out: &Buffer, scales: &Bu
     }
 }
 
+/// The same, from the sums of squares in the workspace: to the bit what [`Input::Normed`] makes of x.
+pub fn rms_norm_summed(x: &Buffer, norm: &Norm, rows: u32, out: &Buffer, workspace: &Workspace) -> Launch {
+    let params = NormParams { squares: workspace.squares.pointer(), ..norm_params(x, norm, rows, out) };
+    let bytes = (2 * rows as u64 + 1) * norm.weight.bytes() as u64;
+    Launch { pdl: true, bytes, ..kernels::RMS_NORM_SUMMED.launch([rows, 1, 1], params) }
+}
+
+/// residual [rows][hidden] += x, as [`Output::Residual`] does it; the sums of squares go to the workspace.
+pub fn add_residual(x: &Buffer, residual: &Buffer, rows: u32, hidden: usize, workspace: &Workspace) -> Launch {
+    let params = AddResidualParams {
+        x: x.pointer(),
+        residual: residual.pointer(),
+        squares: workspace.squares.pointer(),
+        rows: rows as i32,
+        hidden: hidden as i32,
+    };
+    let elements = rows as u64 * hidden as u64;
+    Launch { pdl: true, bytes: 3 * BF16 * elements, ..kernels::ADD_RESIDUAL.launch(unfused_grid(elements), params) }
+}
+
+/// out [rows][inner] = silu(gate) * up, as [`Output::Silu`] makes it. `gate_up`: [rows][2 inner] fp32, interleaved as there.
+pub fn silu_mul(gate_up: &Buffer, rows: u32, inner: usize, out: &Buffer) -> Launch {
+    let params =
+        SiluMulParams { gate_up: gate_up.pointer(), out: out.pointer(), rows: rows as i32, inner: inner as i32 };
+    let elements = rows as u64 * inner as u64;
+    let bytes = elements * (2 * 4 + BF16);
+    Launch { pdl: true, bytes, ..kernels::SILU_MUL.launch(unfused_grid(2 * elements), params) }
+}
+
+/// Of so many columns in all rows.
+fn unfused_grid(columns: u64) -> [u32; 3] {
+    [columns.div_ceil(16 * UNFUSED_THREADS as u64) as u32, 1, 1]
+}
+
 /// Where q, k and v of a step's rows go.
 pub struct RopeInto<'a> {
     pub heads: Heads,
@@ -871,12 +912,13 @@ pub fn attn_prefill(
     })
 }
 
-/// Attention of one query token per row: q, out [rows][query heads][dim]. `keys`: of all rows together, for the report.
-/// `next`: the product that follows, whose weights are read ahead.
+/// Attention of one query token per row: q, out [rows][query heads][dim]. `packed`: the query heads of a KV head read K and V
+/// together. `keys`: of all rows together, for the report. `next`: the product that follows, whose weights are read ahead.
 #[allow(clippy::too_many_arguments)]
 pub fn attn_decode(
     q: &Buffer,
     heads: Heads,
+    packed: bool,
     window: Option<u32>,
     rows: &Rows,
     keys: u64,
@@ -891,6 +933,7 @@ pub fn attn_decode(
         (64, KvType::Fp8) => (&kernels::ATTN_DECODE_D64_FP8, ATTN_DECODE_SHARED_D64_FP8),
         (_, KvType::Fp8) => (&kernels::ATTN_DECODE_D128_FP8, ATTN_DECODE_SHARED_D128_FP8),
     };
+    let groups = if packed { heads.kv } else { heads.query };
     let params = AttnDecodeParams {
         k_map: pages.k_map,
         v_map: pages.v_map,
@@ -903,7 +946,8 @@ pub fn attn_decode(
         out: out.pointer(),
         rows: rows.count as i32,
         q_heads: heads.query as i32,
-        kv_heads: heads.kv as i32,
+        groups: groups as i32,
+        groups_per_kv_head: (groups / heads.kv) as i32,
         max_pages: pages.max_pages as i32,
         prefetch: next.map_or(Prefetch::default(), |w| w.prefetch(ATTN_PREFETCH, workspace.blocks)),
         split_pages: workspace.split_pages as i32,
@@ -917,7 +961,7 @@ pub fn attn_decode(
     Launch {
         shared_bytes,
         pdl: true,
-        bytes: dim * attention_bytes(rows.count, heads, keys, pages.kind),
+        bytes: dim * attention_bytes(rows.count, Heads { kv: groups, ..heads }, keys, pages.kind),
         flops: 4 * keys * heads.query as u64 * dim,
         ..kernel.launch([workspace.blocks, 1, 1], params)
     }

@@ -27,6 +27,8 @@ pub struct Simulator {
     gpu: SimulatedGpu,
     config: ModelConfig,
     plan: MemoryPlan,
+    /// How often decode reads each key and value.
+    key_reads: u64,
     /// [vocab], from the tokenizer.
     traits: Vec<u8>,
     /// By slot; None where nobody has been admitted yet.
@@ -60,11 +62,19 @@ struct Seat {
 }
 
 impl Simulator {
-    pub fn new(gpu: SimulatedGpu, config: &ModelConfig, plan: MemoryPlan, traits: Vec<u8>) -> Simulator {
+    /// `packed_gqa`: query heads of a KV head read keys and values together.
+    pub fn new(
+        gpu: SimulatedGpu,
+        config: &ModelConfig,
+        plan: MemoryPlan,
+        traits: Vec<u8>,
+        packed_gqa: bool,
+    ) -> Simulator {
         assert!(plan.slots <= MAX_SLOTS);
         Simulator {
             gpu,
             config: config.clone(),
+            key_reads: if packed_gqa { 1 } else { u64::from(model::heads(config).group()) },
             traits,
             seats: (0..plan.slots).map(|_| None).collect(),
             tables: vec![Vec::new(); plan.slots as usize],
@@ -115,7 +125,7 @@ impl Simulator {
         for mask in &batch.masks {
             self.seat(mask.slot).mask = Some(mask.clone());
         }
-        let (mut events, mut keys, mut pairs) = (Vec::new(), 0, 0);
+        let (mut events, mut keys, mut pairs, mut key_reads) = (Vec::new(), 0, 0, 1);
         let (rows, sampled) = match &batch.work {
             Work::Nothing => return,
             Work::Prefill(chunks) => {
@@ -149,11 +159,11 @@ impl Simulator {
                         events.extend(self.sample(slot));
                     }
                 }
-                pairs = keys;
+                (pairs, key_reads) = (keys, self.key_reads);
                 (slots.len() as u64, slots.len() as u64)
             }
         };
-        let key_bytes = model::key_bytes(&self.config, self.plan.kv_type, keys);
+        let key_bytes = model::key_bytes(&self.config, self.plan.kv_type, keys * key_reads);
         let seconds = step_seconds(&self.gpu, &self.config, rows, sampled, key_bytes, pairs);
         self.busy_until = self.busy_until.max(self.now()) + Duration::from_secs_f64(seconds);
         // Where nothing is sampled, nothing is published.

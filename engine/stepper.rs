@@ -141,7 +141,13 @@ impl Stepper {
         let runner = match device.simulated() {
             Some(&gpu) => {
                 let plan = MemoryPlan::new(device, config, options)?;
-                Runner::Simulator(Box::new(Simulator::new(gpu, config, plan, traits)))
+                Runner::Simulator(Box::new(Simulator::new(
+                    gpu,
+                    config,
+                    plan,
+                    traits,
+                    options.techniques.fusion.packed_gqa,
+                )))
             }
             None => {
                 let executor = Executor::new(device, config, weights, &traits, options, progress)?;

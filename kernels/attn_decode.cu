@@ -1,21 +1,22 @@
 // attn_decode: attention of one query token per row over its paged K and V.
 //
-// The work is rows x kv heads x pages, in this order; the grid's blocks share it out evenly, each taking one contiguous
-// span (each warp finds it in row_position, 32 rows at a time, so that a captured launch follows the growing sequences). A span
-// falls into segments, each a run of pages of one (row, kv head) pair. A pair inside one block is written out directly;
+// The work is rows x groups x pages, in this order. A group is the query heads of one KV head, or, to see what that is worth
+// (ponder study ablation), one query head, which then reads K and V for itself. The grid's blocks share the work out evenly, each taking
+// one contiguous span (each warp finds it in row_position, 32 rows at a time, so that a captured launch follows the growing
+// sequences). A span falls into segments, each a run of pages of one (row, group) pair. A pair inside one block is written out directly;
 // of a pair cut between blocks each writes a partial result, and the last one to finish merges them in order of the
 // blocks, so the result does not depend on which one was last. With split_pages, pairs are cut at absolute positions
 // instead, and the pieces are dealt out whole: then a row's result does not depend on what else is in the batch.
 //
 // Within a block, warp 4 streams tiles (64 tokens of K, then the same of V) through a ring by TMA. Warps 0 to 3 each
 // own 16 tokens of every page: S = Q K^T and O += P V by mma.sync with the heads of the group as the 16 rows of A
-// (group <= 16), P never leaving registers; at a segment's end the four are merged in order. 64 KiB in flight per block
+// (16 at most), P never leaving registers; at a segment's end the four are merged in order. 64 KiB in flight per block
 // is what HBM needs, and two blocks fit on a processor together, or one beside a block of the next product, which fills its
 // ring of weights meanwhile.
 //
 // Before pdl_wait() the span is found and the ring filled with old pages: all that do not hold a row's newest token, which the
 // launch before this one appends. That row_position, row_slot, block_table and those pages may be read then is due to that
-// launch, gemv_norm_rope or rope_append: it lets its dependents start only behind its own wait, so all launches before it have
+// launch, gemv_norm_rope, gemv_rope or rope_append: it lets its dependents start only behind its own wait, so all launches before it have
 // completed when this one starts. The SIMT machine knows this rule and checks it.
 //
 // Masking: only the page with the newest token has tokens behind the end. Their K may be anything; their V must be
@@ -62,7 +63,7 @@ static_assert(sizeof(DecodeShared<128, true>) == ATTN_DECODE_SHARED_D128_FP8, ""
 template <int kHeadDim, bool kFp8>
 using Ring = RingPosition<DecodeShared<kHeadDim, kFp8>::kStages>;
 
-// ---- sharing out the work; a unit is one page (or split_pages) of one kv head of one row ----
+// ---- sharing out the work; a unit is one page (or split_pages) of one group of one row ----
 
 DEVICE int pages_of(const AttnDecodeParams& p, int row) {
   const int position = row < p.rows ? p.row_position[row] : -1;
@@ -76,7 +77,7 @@ DEVICE int first_page_of(const AttnDecodeParams& p, int row) {
 
 DEVICE int pages_per_unit(const AttnDecodeParams& p) { return max_int(p.split_pages, 1); }
 
-// Of each kv head of a row.
+// Of each group of a row.
 DEVICE int units_of(const AttnDecodeParams& p, int row) {
   const int pages = pages_of(p, row);
   return pages == 0 ? 0 : ceil_div(pages - first_page_of(p, row), pages_per_unit(p));
@@ -86,14 +87,14 @@ DEVICE int units_of(const AttnDecodeParams& p, int row) {
 struct Span {
   int share;  // units per block
   int unit, end;
-  int row, units;  // the row of `unit`, and its units for each kv head
+  int row, units;  // the row of `unit`, and its units for each group
   int row_start;   // its first unit
 };
 
 // By a whole warp.
 DEVICE Span span_of_block(const AttnDecodeParams& p) {
   int units = 0;
-  for (int row = lane_id(); row < p.rows; row += kWarp) units += units_of(p, row) * p.kv_heads;
+  for (int row = lane_id(); row < p.rows; row += kWarp) units += units_of(p, row) * p.groups;
   UNROLL for (int m = kWarp / 2; m > 0; m /= 2) units += shfl_xor(units, m);
   Span s;
   s.share = ceil_div(units, grid_x());
@@ -103,8 +104,8 @@ DEVICE Span span_of_block(const AttnDecodeParams& p) {
   if (s.unit == s.end) return s;
   int before = 0;  // units of the rows below `first`
   for (int first = 0;; first += kWarp) {
-    const int units_of_head = units_of(p, first + lane_id());
-    int sum = units_of_head * p.kv_heads;  // of the rows up to this lane's
+    const int units_of_group = units_of(p, first + lane_id());
+    int sum = units_of_group * p.groups;  // of the rows up to this lane's
     UNROLL for (int m = 1; m < kWarp; m *= 2) {
       const int below = shfl_up(sum, m);
       if (lane_id() >= m) sum += below;
@@ -113,8 +114,8 @@ DEVICE Span span_of_block(const AttnDecodeParams& p) {
     if (reached) {
       const int lane = first_set(reached);
       s.row = first + lane;
-      s.units = shfl(units_of_head, lane);
-      s.row_start = before + shfl(sum, lane) - s.units * p.kv_heads;
+      s.units = shfl(units_of_group, lane);
+      s.row_start = before + shfl(sum, lane) - s.units * p.groups;
       return s;
     }
     before += shfl(sum, kWarp - 1);
@@ -123,20 +124,20 @@ DEVICE Span span_of_block(const AttnDecodeParams& p) {
 
 // Pages [first, last) of a pair: `count` units from `unit` on, of the pair's `units` from `pair_start` on.
 struct Segment {
-  int row, kv_head, first, last;
+  int row, group, first, last;
   int unit, count, pair_start, units;
 };
 
 DEVICE bool next_segment(const AttnDecodeParams& p, Span& s, Segment& segment) {
   if (s.unit == s.end) return false;
-  while (s.unit >= s.row_start + s.units * p.kv_heads) {
-    s.row_start += s.units * p.kv_heads;
+  while (s.unit >= s.row_start + s.units * p.groups) {
+    s.row_start += s.units * p.groups;
     s.units = units_of(p, ++s.row);
   }
   segment.row = s.row;
   segment.units = s.units;
-  segment.kv_head = (s.unit - s.row_start) / s.units;
-  segment.pair_start = s.row_start + segment.kv_head * s.units;
+  segment.group = (s.unit - s.row_start) / s.units;
+  segment.pair_start = s.row_start + segment.group * s.units;
   segment.unit = s.unit;
   segment.count = p.split_pages ? 1 : min_int(segment.pair_start + s.units, s.end) - s.unit;
   segment.first = first_page_of(p, s.row) + (s.unit - segment.pair_start) * pages_per_unit(p);
@@ -167,16 +168,16 @@ DEVICE void load_span(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& s
   bool waited = false;
   while (next_segment(p, span, segment)) {
     const int* table = p.block_table + (size_t)p.row_slot[segment.row] * p.max_pages;
-    const int newest = pages_of(p, segment.row) - 1;
+    const int newest = pages_of(p, segment.row) - 1, kv_head = segment.group / p.groups_per_kv_head;
     for (int i = segment.first; i < segment.last; i++) {
       const int page = table[i];
       if (i == newest && !waited) {
         pdl_wait();
         waited = true;
       }
-      load_tile(shared, ring, &p.k_map, segment.kv_head, page);
+      load_tile(shared, ring, &p.k_map, kv_head, page);
       advance(ring);
-      load_tile(shared, ring, &p.v_map, segment.kv_head, page);
+      load_tile(shared, ring, &p.v_map, kv_head, page);
       advance(ring);
     }
   }
@@ -201,15 +202,15 @@ DEVICE int out_column(int j, int e) {
 // Q of the pair as A fragments; rows behind the group are zero. In each 16 columns a lane has two and, 8 further on, two; or
 // (fp8) four neighbours.
 template <int kHeadDim, bool kFp8>
-DEVICE void load_q(const AttnDecodeParams& p, const Segment& segment, int group, uint32_t (&q)[kHeadDim / 16][4]) {
+DEVICE void load_q(const AttnDecodeParams& p, const Segment& segment, int heads, uint32_t (&q)[kHeadDim / 16][4]) {
   const uint16_t* base =
-      p.q + ((size_t)segment.row * p.q_heads + segment.kv_head * group) * kHeadDim + (kFp8 ? 4 : 2) * (lane_id() % 4);
+      p.q + ((size_t)segment.row * p.q_heads + segment.group * heads) * kHeadDim + (kFp8 ? 4 : 2) * (lane_id() % 4);
   UNROLL for (int i = 0; i < 2; i++) {
     const int head = lane_id() / 4 + 8 * i;
     const uint32_t* row = (const uint32_t*)(base + head * kHeadDim);
     UNROLL for (int k = 0; k < kHeadDim / 16; k++) {
-      q[k][i] = head < group ? row[8 * k] : 0;
-      q[k][i + 2] = head < group ? row[8 * k + (kFp8 ? 1 : 4)] : 0;
+      q[k][i] = head < heads ? row[8 * k] : 0;
+      q[k][i + 2] = head < heads ? row[8 * k + (kFp8 ? 1 : 4)] : 0;
     }
   }
 }
@@ -295,12 +296,12 @@ DEVICE void release(Barrier* empty) {
 }
 
 template <int kHeadDim, bool kFp8>
-DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, const Segment& segment, int group,
+DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, const Segment& segment, int heads,
                    Ring<kHeadDim, kFp8>& ring, Attention<kHeadDim>& a) {
   const float scale_log2 = p.scale * kLog2e;
   const int length = p.row_position[segment.row] + 1;
   uint32_t q[kHeadDim / 16][4];
-  load_q<kHeadDim, kFp8>(p, segment, group, q);
+  load_q<kHeadDim, kFp8>(p, segment, heads, q);
   UNROLL for (int i = 0; i < 2; i++) a.max[i] = kLowest, a.sum[i] = 0.f;
   UNROLL for (int j = 0; j < kHeadDim / 8; j++) UNROLL for (int i = 0; i < 4; i++) a.out[j][i] = 0.f;
 
@@ -333,14 +334,14 @@ DEVICE void attend(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shar
 // ---- merging; a thread's item is 8 columns of one row of the group ----
 
 template <int kHeadDim>
-DEVICE uint16_t* out_item(const AttnDecodeParams& p, const Segment& segment, int group, int row, int column) {
-  return p.out + ((size_t)segment.row * p.q_heads + segment.kv_head * group + row) * kHeadDim + column;
+DEVICE uint16_t* out_item(const AttnDecodeParams& p, const Segment& segment, int heads, int row, int column) {
+  return p.out + ((size_t)segment.row * p.q_heads + segment.group * heads + row) * kHeadDim + column;
 }
 
 // A partial result: [group][head_dim + 2], output, maximum, sum.
 template <int kHeadDim>
-DEVICE float* partial_row(const AttnDecodeParams& p, int group, int index, int row) {
-  return p.partial + ((size_t)index * group + row) * (kHeadDim + 2);
+DEVICE float* partial_row(const AttnDecodeParams& p, int heads, int index, int row) {
+  return p.partial + ((size_t)index * heads + row) * (kHeadDim + 2);
 }
 
 DEVICE void store_normalised(uint16_t* out, float (&x)[8], float sum, float v_scale) {
@@ -352,11 +353,11 @@ DEVICE void store_normalised(uint16_t* out, float (&x)[8], float sum, float v_sc
 // Merges the warps, in order, into the output or (`partial` >= 0) into a partial result.
 template <int kHeadDim, bool kFp8>
 DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, const Segment& segment,
-                        int group, const Attention<kHeadDim>& a, int partial) {
+                        int heads, const Attention<kHeadDim>& a, int partial) {
   const float scale_log2 = p.scale * kLog2e;
   UNROLL for (int i = 0; i < 2; i++) {
     const int row = lane_id() / 4 + 8 * i;
-    if (row >= group) continue;
+    if (row >= heads) continue;
     UNROLL for (int j = 0; j < kHeadDim / 8; j++) UNROLL for (int e = 0; e < 2; e++)
         shared.out[warp_id()][row][out_column<kFp8>(j, e)] = a.out[j][2 * i + e];
     if (lane_id() % 4 == 0) {
@@ -366,7 +367,7 @@ DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>&
   }
   named_barrier_sync(kMergeBarrier, kComputeThreads);
 
-  for (int item = thread_idx(); item < group * kHeadDim / 8; item += kComputeThreads) {
+  for (int item = thread_idx(); item < heads * kHeadDim / 8; item += kComputeThreads) {
     const int row = item / (kHeadDim / 8), column = item % (kHeadDim / 8) * 8;
     float max = kLowest, sum = 0.f, out[8] = {};
     for (int w = 0; w < kComputeWarps; w++) max = fmaxf(max, shared.max[w][row]);
@@ -376,9 +377,9 @@ DEVICE void merge_warps(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>&
       UNROLL for (int i = 0; i < 8; i++) out[i] += weight * shared.out[w][row][column + i];
     }
     if (partial < 0) {
-      store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum, p.v_scale);
+      store_normalised(out_item<kHeadDim>(p, segment, heads, row, column), out, sum, p.v_scale);
     } else {
-      float* to = partial_row<kHeadDim>(p, group, partial, row);
+      float* to = partial_row<kHeadDim>(p, heads, partial, row);
       UNROLL for (int i = 0; i < 8; i++) to[column + i] = out[i];
       if (column == 0) to[kHeadDim] = max, to[kHeadDim + 1] = sum;
     }
@@ -401,45 +402,45 @@ DEVICE int partial_index(const AttnDecodeParams& p, const Segment& segment, int 
 }
 
 template <int kHeadDim>
-DEVICE void merge_parts(const AttnDecodeParams& p, const Segment& segment, int group, int share, const Parts& parts) {
+DEVICE void merge_parts(const AttnDecodeParams& p, const Segment& segment, int heads, int share, const Parts& parts) {
   const float scale_log2 = p.scale * kLog2e;
-  for (int item = thread_idx(); item < group * kHeadDim / 8; item += kComputeThreads) {
+  for (int item = thread_idx(); item < heads * kHeadDim / 8; item += kComputeThreads) {
     const int row = item / (kHeadDim / 8), column = item % (kHeadDim / 8) * 8;
     float max = kLowest, sum = 0.f, out[8] = {};
     for (int part = parts.first; part <= parts.last; part++)
-      max = fmaxf(max, partial_row<kHeadDim>(p, group, partial_index(p, segment, part, share), row)[kHeadDim]);
+      max = fmaxf(max, partial_row<kHeadDim>(p, heads, partial_index(p, segment, part, share), row)[kHeadDim]);
     for (int part = parts.first; part <= parts.last; part++) {
-      const float* from = partial_row<kHeadDim>(p, group, partial_index(p, segment, part, share), row);
+      const float* from = partial_row<kHeadDim>(p, heads, partial_index(p, segment, part, share), row);
       const float weight = exp2_approx((from[kHeadDim] - max) * scale_log2);
       sum += weight * from[kHeadDim + 1];
       UNROLL for (int i = 0; i < 8; i++) out[i] += weight * from[column + i];
     }
-    store_normalised(out_item<kHeadDim>(p, segment, group, row, column), out, sum, p.v_scale);
+    store_normalised(out_item<kHeadDim>(p, segment, heads, row, column), out, sum, p.v_scale);
   }
 }
 
 template <int kHeadDim, bool kFp8>
 DEVICE void compute_span(const AttnDecodeParams& p, DecodeShared<kHeadDim, kFp8>& shared, Span span) {
-  const int group = p.q_heads / p.kv_heads;
+  const int heads = p.q_heads / p.groups;
   Ring<kHeadDim, kFp8> ring;
   Segment segment;
   while (next_segment(p, span, segment)) {
     Attention<kHeadDim> a;
-    attend(p, shared, segment, group, ring, a);
+    attend(p, shared, segment, heads, ring, a);
     const bool cut = segment.count < segment.units;
     const int part = p.split_pages ? segment.unit : block_x();
-    merge_warps(p, shared, segment, group, a, cut ? partial_index(p, segment, part, span.share) : -1);
+    merge_warps(p, shared, segment, heads, a, cut ? partial_index(p, segment, part, span.share) : -1);
     if (cut) {
       const Parts parts = parts_of(p, segment, span.share);
       const uint32_t others = parts.last - parts.first;
       fence_device();
       named_barrier_sync(kMergeBarrier, kComputeThreads);
       if (thread_idx() == 0)
-        shared.is_last = atomic_ticket(&p.ticket[segment.row * p.kv_heads + segment.kv_head], others) == others;
+        shared.is_last = atomic_ticket(&p.ticket[segment.row * p.groups + segment.group], others) == others;
       named_barrier_sync(kMergeBarrier, kComputeThreads);
       if (shared.is_last) {
         fence_device();
-        merge_parts<kHeadDim>(p, segment, group, span.share, parts);
+        merge_parts<kHeadDim>(p, segment, heads, span.share, parts);
       }
     }
     named_barrier_sync(kMergeBarrier, kComputeThreads);  // the merge memory is free again

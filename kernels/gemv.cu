@@ -556,3 +556,20 @@ KERNEL(gemv_fp8_residual_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kResidua
 KERNEL(gemv_fp8_residual_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kResidual, true>(p); }
 KERNEL(gemv_fp8_residual_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kResidual, true>(p); }
 KERNEL(gemv_fp8_residual_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, false, kResidual, true>(p); }
+// Without what is fused: for ponder study ablation.
+KERNEL(gemv_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kPlain>(p); }
+KERNEL(gemv_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kPlain>(p); }
+KERNEL(gemv_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kPlain>(p); }
+KERNEL(gemv_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kPlain>(p); }
+KERNEL(gemv_rope_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kRope>(p); }
+KERNEL(gemv_rope_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kRope>(p); }
+KERNEL(gemv_rope_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kRope>(p); }
+KERNEL(gemv_rope_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kRope>(p); }
+KERNEL(gemv_silu_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kSilu>(p); }
+KERNEL(gemv_silu_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kSilu>(p); }
+KERNEL(gemv_silu_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kSilu>(p); }
+KERNEL(gemv_silu_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kSilu>(p); }
+KERNEL(gemv_norm_logits_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kLogits>(p); }
+KERNEL(gemv_norm_logits_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kLogits>(p); }
+KERNEL(gemv_norm_logits_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kLogits>(p); }
+KERNEL(gemv_norm_logits_m64, GemvParams, GEMV_THREADS) { gemv<64, true, kLogits>(p); }

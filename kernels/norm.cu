@@ -1,5 +1,6 @@
-// rms_norm: RMS normalisation of rows of up to 8192 (a multiple of 8). Decode normalises in its products (gemv.cu).
-// rms_norm_fp8: the same, in e4m3 with scales (fp8.cuh), for a product of prefill whose weights are fp8.
+// rms_norm: RMS normalisation of rows of up to 8192 (a multiple of 8). Decode normalises in its products (gemv.cu); where it is not
+// to (ponder study ablation), rms_norm_summed takes the sums of squares that they would have taken, in their order: no bit differs.
+// rms_norm_fp8: in e4m3 with scales (fp8.cuh), for a product of prefill whose weights are fp8.
 //
 // Grid: one block per row. Each thread keeps its vectors of 8 in registers between the two passes, so that a row is read
 // from memory once; the weight, which no kernel writes, is loaded before waiting for the previous kernel.
@@ -13,7 +14,15 @@ constexpr int kVectors = kMaxHidden / (8 * NORM_THREADS);  // per thread
 // Offset in the row of a thread's vector i.
 DEVICE int offset_of(int i) { return (i * NORM_THREADS + thread_idx()) * 8; }
 
-template <bool kFp8>
+// Of row `row`, from those of 64 neighbours; by each warp for itself.
+DEVICE float sum_of_parts(const NormParams& p, int row) {
+  const int parts = p.hidden / 64;
+  float sum = 0.f;
+  for (int part = lane_id(); part < parts; part += kWarp) sum += p.squares[row * parts + part];
+  return warp_sum(sum);
+}
+
+template <bool kSummed, bool kFp8>
 DEVICE void norm(const NormParams& p) {
   pdl_launch_dependents();
   const int row = block_x();
@@ -32,7 +41,7 @@ DEVICE void norm(const NormParams& p) {
     UNROLL for (int j = 0; j < 8; j++) squares += v[j] * v[j];
   }
 
-  const float sum = block_sum(squares, (float*)shared_memory(), NORM_THREADS / kWarp);
+  const float sum = kSummed ? sum_of_parts(p, row) : block_sum(squares, (float*)shared_memory(), NORM_THREADS / kWarp);
   const float scale = rsqrt_approx(sum / p.hidden + p.eps);
   UNROLL for (int i = 0; i < kVectors; i++) {
     // All lanes of a warp go on or none, because groups are.
@@ -61,5 +70,6 @@ DEVICE void norm(const NormParams& p) {
 
 }  // namespace
 
-KERNEL(rms_norm, NormParams, NORM_THREADS) { norm<false>(p); }
-KERNEL(rms_norm_fp8, NormParams, NORM_THREADS) { norm<true>(p); }
+KERNEL(rms_norm, NormParams, NORM_THREADS) { norm<false, false>(p); }
+KERNEL(rms_norm_summed, NormParams, NORM_THREADS) { norm<true, false>(p); }
+KERNEL(rms_norm_fp8, NormParams, NORM_THREADS) { norm<false, true>(p); }

@@ -26,6 +26,7 @@ enum {
   EMBED_THREADS = 128,
   NORM_THREADS = 128,
   ROPE_THREADS = 128,
+  UNFUSED_THREADS = 128,
   GEMM_THREADS = 384,          // one producer and two consumer warpgroups
   GEMV_THREADS = 160,          // one consumer warpgroup and one warp that loads
   GEMV_FP8_THREADS_M64 = 288,  // two and one
@@ -277,12 +278,14 @@ typedef struct WeightScales {
   const float* blocks;  // [k / SCALE_GROUP, rounded up][n / SCALE_ROWS]
 } WeightScales;
 
-// rms_norm: out[i] = norm(x[row_index[i]]); rms_norm_fp8: the same in e4m3 with scales.
+// rms_norm: out[i] = norm(x[row_index[i]]); rms_norm_summed knows the sums of squares already;
+// rms_norm_fp8 makes e4m3 with scales.
 // The norm is as the reference implementation rounds it: bf16(bf16(x * rsqrt(mean x^2 + eps)) * weight).
 typedef struct NormParams {
   const uint16_t* x;         // [any][hidden]
   const uint16_t* weight;    // [hidden]
   const int32_t* row_index;  // [rows] or null for the identity
+  const float* squares;      // [rows][hidden / 64] (summed): sums of squares of 64 neighbours in x, from who wrote it
   uint16_t* out;             // [rows][hidden]
   uint8_t* out_fp8;          // [rows][hidden] (fp8)
   float* scales;             // [hidden / SCALE_GROUP, rounded up][scales_stride] out (fp8)
@@ -348,10 +351,12 @@ typedef struct __attribute__((aligned(64))) GemmParams {
 } GemmParams;
 
 // gemv_*_m<tokens>: c = x w^T for decode (1 to 64 rows): streams w once. The same w as the prefill product's; k a multiple of
-// 64, n of 16, or of 64 for rope, residual and fp8: w in e4m3, and x becomes it on its way, after the norm. norm: x is RMS-normalised on its way, as rms_norm does it.
+// 64, n of 16, or of 64 for rope, residual and fp8. norm: x is RMS-normalised on its way, as rms_norm does it. fp8: w in e4m3, and
+// x becomes it on its way, behind the norm.
 // Results: none (c, with bias), rope (q and the KV pages, with bias), silu (interleaved as above), residual (added to c), logits
-// (fp32). The steps of 128 k (fp8: 256) of all tiles of 64 weight rows are dealt evenly to the blocks; where a tile is cut, its parts
-// are summed in order by the last block that finishes one. The grid has at most as many blocks as there are such steps.
+// (fp32, of gate and up as well where silu is apart). The steps of 128 k (fp8: 256) of all tiles of 64 weight rows are dealt
+// evenly to the blocks; where a tile is cut, its parts are summed in order by the last block that finishes one. The grid has at
+// most as many blocks as there are such steps.
 typedef struct __attribute__((aligned(64))) GemvParams {
   TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128; fp8: pairs [n][k / 2]
   TensorMap x_map;       // x [rows][k], box 64 (k) x tokens rows, swizzle 128 (but fp8)
@@ -369,6 +374,21 @@ typedef struct __attribute__((aligned(64))) GemvParams {
   int32_t rows, n, k;
   float eps;  // (norm)
 } GemvParams;
+
+// add_residual: residual += x, rounded as gemv_residual rounds it.
+typedef struct AddResidualParams {
+  const uint16_t* x;   // [rows][hidden]
+  uint16_t* residual;  // [rows][hidden]
+  float* squares;      // [rows][hidden / 64] out: sums of squares of 64 neighbours in the new residual
+  int32_t rows, hidden;
+} AddResidualParams;
+
+// silu_mul: out = silu(gate) * up, from sums that have not been rounded, as in gemv_silu.
+typedef struct SiluMulParams {
+  const float* gate_up;  // [rows][2 inner], interleaved as above
+  uint16_t* out;         // [rows][inner]
+  int32_t rows, inner;
+} SiluMulParams;
 
 // attn_prefill: causal attention of ragged chunks over paged KV (the chunk's own K and V are already in their pages).
 typedef struct PrefillTile {
@@ -405,7 +425,7 @@ typedef struct Prefetch {
 } Prefetch;
 
 // attn_decode: one query token per row over its paged KV; the pages of all rows are dealt evenly to the blocks, or in pieces of
-// split_pages; partial results are merged in order by the last block of a row.
+// split_pages; partial results are merged in order by the last block of a row. A group of query heads reads K and V once.
 typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   TensorMap k_map;  // as above
   TensorMap v_map;
@@ -413,13 +433,15 @@ typedef struct __attribute__((aligned(64))) AttnDecodeParams {
   const int32_t* row_position;  // [rows], -1: padding, output zero
   const int32_t* row_slot;      // [rows]
   const int32_t* block_table;   // [MAX_SLOTS][max_pages]
-  float* partial;    // [grid_x * 2, or pieces of all rows and kv heads][group][head_dim + 2]: output, max, sum
-  uint32_t* ticket;  // [rows * kv_heads] zero between launches
+  float* partial;    // [grid_x * 2, or pieces of all rows and groups][q_heads / groups][head_dim + 2]: output, max, sum
+  uint32_t* ticket;  // [rows * groups] zero between launches
   uint16_t* out;     // [rows][q_heads][head_dim]
   Prefetch prefetch;
-  int32_t rows, q_heads, kv_heads, max_pages;
-  int32_t split_pages;  // 0: pairs are cut where the blocks' shares end; else after so many pages, always
-  int32_t window;       // as above
+  int32_t rows, q_heads, max_pages;
+  int32_t groups;              // as many as KV heads; or as query heads, if none is to share what it reads
+  int32_t groups_per_kv_head;  // 1; or query heads per KV head
+  int32_t split_pages;         // 0: pairs are cut where the blocks' shares end; else after so many pages, always
+  int32_t window;              // as above
   float scale;
   float v_scale;
 } AttnDecodeParams;
@@ -479,6 +501,7 @@ KERNEL_PROTOTYPE(rms_norm, NormParams)
 KERNEL_PROTOTYPE(rms_norm_fp8, NormParams)
 KERNEL_PROTOTYPE(quantise, QuantiseParams)
 KERNEL_PROTOTYPE(quantise_weight, QuantiseWeightParams)
+KERNEL_PROTOTYPE(rms_norm_summed, NormParams)
 KERNEL_PROTOTYPE(rope_append_d64, RopeParams)
 KERNEL_PROTOTYPE(rope_append_d128, RopeParams)
 KERNEL_PROTOTYPE(gemm_n96, GemmParams)
@@ -522,6 +545,22 @@ KERNEL_PROTOTYPE(gemv_norm_silu_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_norm_silu_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_norm_silu_m32, GemvParams)
 KERNEL_PROTOTYPE(gemv_norm_silu_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_rope_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_rope_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_rope_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_rope_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_silu_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_silu_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_silu_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_silu_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_logits_m8, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_logits_m16, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_logits_m32, GemvParams)
+KERNEL_PROTOTYPE(gemv_norm_logits_m64, GemvParams)
 KERNEL_PROTOTYPE(gemv_residual_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_residual_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_residual_m32, GemvParams)
@@ -546,6 +585,8 @@ KERNEL_PROTOTYPE(gemv_fp8_residual_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_residual_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_residual_m32, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_residual_m64, GemvParams)
+KERNEL_PROTOTYPE(add_residual, AddResidualParams)
+KERNEL_PROTOTYPE(silu_mul, SiluMulParams)
 KERNEL_PROTOTYPE(attn_prefill_d64, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_prefill_d128, AttnPrefillParams)
 KERNEL_PROTOTYPE(attn_prefill_d64_fp8, AttnPrefillParams)

@@ -49,6 +49,8 @@ struct Cache {
     heads: Heads,
     /// How many tokens a token attends to.
     window: usize,
+    /// In decode the query heads of a group read K and V together.
+    packed: bool,
     max_pages: usize,
     table: Vec<i32>,
     k: Vec<bf16>,
@@ -66,6 +68,7 @@ impl Cache {
         let mut cache = Cache {
             heads,
             window: NO_WINDOW as usize,
+            packed: true,
             max_pages,
             table: vec![0; (1 + lengths.len()) * max_pages],
             k: vec![bf16::NAN; tokens * heads.head_dim],
@@ -188,10 +191,11 @@ impl Cache {
         let table = upload(device, &self.table);
         let position = upload(device, &rows.iter().map(|r| r.1).collect::<Vec<_>>());
         let slot = upload(device, &rows.iter().map(|r| r.0 as i32).collect::<Vec<_>>());
-        let ticket = upload(device, &vec![0u32; rows.len() * heads.kv]);
-        let pieces = rows.len() * heads.kv * self.max_pages.div_ceil(split_pages.max(1));
+        let groups = if self.packed { heads.kv } else { heads.q() };
+        let ticket = upload(device, &vec![0u32; rows.len() * groups]);
+        let pieces = rows.len() * groups * self.max_pages.div_ceil(split_pages.max(1));
         let parts = if split_pages > 0 { pieces } else { grid as usize * 2 };
-        let partial = device.alloc(parts * heads.group * (heads.head_dim + 2) * 4).unwrap();
+        let partial = device.alloc(parts * (heads.q() / groups) * (heads.head_dim + 2) * 4).unwrap();
         let count = rows.len() * heads.q() * heads.head_dim;
         let out = device.alloc(count * 2).unwrap();
         let weights = upload(device, &[0u8; 16_000]);
@@ -212,7 +216,8 @@ impl Cache {
             },
             rows: rows.len() as i32,
             q_heads: heads.q() as i32,
-            kv_heads: heads.kv as i32,
+            groups: groups as i32,
+            groups_per_kv_head: (groups / heads.kv) as i32,
             max_pages: self.max_pages as i32,
             split_pages: split_pages as i32,
             window: self.window as i32,
@@ -342,6 +347,31 @@ fn decode_of_sixty_four_rows() {
     let positions: Vec<i32> = (0..64).map(|row| if row % 9 == 4 { -1 } else { row * 37 % 331 }).collect();
     check_decode(64, 1, 3, &positions, 13);
     check_decode(128, 2, 1, &positions[..33], 5);
+}
+
+/// Query heads that read K and V each for itself: right, and where pieces are fixed the bits of those that share.
+#[test]
+fn decode_of_heads_that_are_not_packed() {
+    let positions = [130, 63, -1, 0, 200];
+    let rows: Vec<(usize, i32)> =
+        positions.iter().enumerate().map(|(i, &p)| (if p < 0 { 0 } else { i + 1 }, p)).collect();
+    for (head_dim, kv, group, grid) in [(64, 2, 3, 5), (128, 2, 2, 7), (64, 1, 16, 40)] {
+        let heads = Heads { head_dim, kv, group };
+        let mut random = Random(23);
+        let mut cache = Cache::new(heads, &positions.map(|p| (p + 1) as usize), &mut random);
+        let q = values(&mut random, rows.len() * heads.q() * head_dim, 1.0);
+        for split_pages in [0, 1, 2] {
+            let what = format!("decode {heads:?}, not packed, grid {grid}, pieces of {split_pages} pages");
+            cache.packed = true;
+            let packed = cache.decode(&devices().remove(0), &q, &rows, grid, split_pages);
+            cache.packed = false;
+            let run = |device: &Device| cache.decode(device, &q, &rows, grid, split_pages);
+            on_every_device(run, |out| {
+                cache.check(&q, &rows, out, &what);
+                assert!(split_pages == 0 || bits(out) == bits(&packed), "{what}: other bits than packed");
+            });
+        }
+    }
 }
 
 /// Windows that begin at, before and behind the edges of pages and of the warps' slices, shorter and longer than the sequence.

@@ -2,10 +2,14 @@
 //! steps driven by hand: greedy tokens and logits, by prefill whole and in pieces and by decode; and the same checkpoints in
 //! other element types and in shards.
 
+use crate::devices::devices;
 use crate::model::{Runner, serving, worst};
 use half::{bf16, f16};
 use ponder::checkpoint::{Checkpoint, parse_file};
 use ponder::config::ModelConfig;
+use ponder::device::Device;
+use ponder::executor::ExecutorOptions;
+use ponder::model::Fusion;
 use ponder::tokenizer::Tokenizer;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -52,8 +56,12 @@ impl Golden {
     }
 
     fn runner(&self, folder: &Folder) -> Runner {
+        self.runner_with(&serving(), folder, ExecutorOptions { graphs: false, ..Default::default() })
+    }
+
+    fn runner_with(&self, device: &Device, folder: &Folder, options: ExecutorOptions) -> Runner {
         let tokenizer = Tokenizer::without_text(self.config().vocab_size);
-        Runner::open(&serving(), self.config(), &Checkpoint::open(&folder.0).unwrap(), &tokenizer, false)
+        Runner::open(device, self.config(), &Checkpoint::open(&folder.0).unwrap(), &tokenizer, options)
     }
 }
 
@@ -131,6 +139,44 @@ fn llama_rope_scaling() {
 #[test]
 fn mistral() {
     ["mistral", "mistral-page", "mistral-no-window"].iter().for_each(|name| check(name));
+}
+
+/// What the kernels of a decode step do together they do apart with the same bits: each part of it, and all of them; checked, too.
+/// Between them the models have every bias, norms of heads and several query heads to a KV head.
+#[test]
+fn kernels_apart_give_the_bits_of_fused_ones() {
+    let off: [fn(&mut Fusion); 5] = [
+        |fusion| fusion.norm = false,
+        |fusion| fusion.rope = false,
+        |fusion| fusion.residual = false,
+        |fusion| fusion.silu = false,
+        |fusion| fusion.packed_gqa = false,
+    ];
+    for name in ["llama-bias", "qwen3"] {
+        let golden = Golden::load(name);
+        let (folder, case) = (golden.folder(&format!("{name}-apart")), &golden.cases[0]);
+        let run = |device: &Device, off: &[fn(&mut Fusion)]| {
+            // Heads that are not packed are more pieces of work, which must be cut at the same pages.
+            let mut options = ExecutorOptions { graphs: false, deterministic: true, ..Default::default() };
+            off.iter().for_each(|off| off(&mut options.techniques.fusion));
+            let mut runner = golden.runner_with(device, &folder, options);
+            runner.prefill(&case.prompt_ids, 512, 4);
+            let length = case.prompt_ids.len() as u32;
+            let logits: Vec<f32> = (1..4).flat_map(|n| runner.decode(length + n).1).collect();
+            let kernels = runner.executor.decode_launches(1, 0).unwrap().len();
+            (logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), kernels)
+        };
+        let (fused, fused_kernels) = run(&serving(), &[]);
+        for (i, part) in off.iter().enumerate() {
+            let (bits, kernels) = run(&serving(), &[*part]);
+            assert!(bits == fused, "{name}: part {i}");
+            let changes_launches = i < 4 && !(name == "qwen3" && i == 1);
+            assert_eq!(kernels > fused_kernels, changes_launches, "{name}: part {i}");
+        }
+        for device in devices() {
+            assert!(run(&device, &off).0 == fused, "{name}: all, {}", device.describe());
+        }
+    }
 }
 
 /// Writes the weights of `golden` in so many shards, each number made of the bits of a bf16.

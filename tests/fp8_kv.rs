@@ -206,7 +206,7 @@ impl Cache {
         let rows_of = Rows { count: rows.len() as u32, slot: &slot, position: &position };
         let out = device.alloc(q.len() * 2).unwrap();
         let (q, pages) = (upload(device, q), cache.layer(0));
-        let launch = ops::attn_decode(&q, self.heads, self.window, &rows_of, 0, &pages, &out, None, &workspace);
+        let launch = ops::attn_decode(&q, self.heads, true, self.window, &rows_of, 0, &pages, &out, None, &workspace);
         device.launch(&Launch { grid: [grid, 1, 1], ..launch }).unwrap();
         download(device, &out)
     }

@@ -54,23 +54,24 @@ pub struct Runner {
 
 impl Runner {
     /// Of the tiny thinking model.
-    fn new(device: &Device, graphs: bool) -> Runner {
+    pub fn new(device: &Device, graphs: bool) -> Runner {
         let folder = Path::new(FOLDER);
         let config = ModelConfig::load(folder).unwrap();
         let tokenizer = Tokenizer::load(folder, config.vocab_size).unwrap();
-        Runner::open(device, config, &Checkpoint::open(folder).unwrap(), &tokenizer, graphs)
+        let options = ExecutorOptions { graphs, ..Default::default() };
+        Runner::open(device, config, &Checkpoint::open(folder).unwrap(), &tokenizer, options)
     }
 
-    /// A context of 512 tokens at most, and 16 pages.
+    /// A context of 512 tokens at most, and 16 pages, whatever the options say.
     pub fn open(
         device: &Device,
         config: ModelConfig,
         checkpoint: &Checkpoint,
         tokenizer: &Tokenizer,
-        graphs: bool,
+        options: ExecutorOptions,
     ) -> Runner {
         let max_context = Some(config.max_position_embeddings.min(512) as u32);
-        let options = ExecutorOptions { max_context, pages: Some(16), graphs, ..Default::default() };
+        let options = ExecutorOptions { max_context, pages: Some(16), ..options };
         let traits = tokenizer.traits();
         let executor = Executor::new(device, &config, checkpoint.into(), &traits, &options, &mut |_, _| {}).unwrap();
         let request = SamplingRequest { temperature: Some(0.0), ignore_eos: true, ..Default::default() };

@@ -11,7 +11,8 @@ use half::bf16;
 use ponder::batch::PageEntry;
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
 use ponder::kernels::params::{
-    GEMM_SHARED, GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64, GemmParams, GemvParams, TensorMap,
+    AddResidualParams, GEMM_SHARED, GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64, GemmParams,
+    GemvParams, SiluMulParams, TensorMap, UNFUSED_THREADS,
 };
 use ponder::kv_cache::KvCache;
 use ponder::ops::{self, Heads, Input, KvScales, KvType, Linear, Norm, Output, RopeInto, Rows, Workspace};
@@ -135,7 +136,7 @@ fn gemm(device: &Device, case: &Case, tiling: Tiling, groups: u32) {
     case.check(&bits.iter().map(|v| v.to_f64()).collect::<Vec<_>>(), &what);
 }
 
-/// A product of decode. Where x is normalised, each of its rows has one magnitude, a power of two, so that the norm is exact.
+/// A product of decode. Where x is normalised on its way, each of its rows has one magnitude, a power of two, so that the norm is exact.
 struct Decode {
     case: Case,
     /// Before the norm.
@@ -144,9 +145,9 @@ struct Decode {
 }
 
 impl Decode {
-    fn new(random: &mut Random, rows: usize, n: usize, k: usize, epilogue: Epilogue) -> Decode {
+    fn new(random: &mut Random, rows: usize, n: usize, k: usize, (normed, epilogue): (bool, Epilogue)) -> Decode {
         let mut case = Case::new(random, rows, n, k, epilogue);
-        if matches!(epilogue, Epilogue::Residual | Epilogue::Logits) {
+        if !normed {
             return Decode { x: case.x.clone(), case, norm: Vec::new() };
         }
         let norm = eighths(random, k);
@@ -161,6 +162,11 @@ impl Decode {
     }
 }
 
+/// Of the kernels that are an epilogue by themselves.
+fn apart_grid(columns: usize) -> [u32; 3] {
+    [columns.div_ceil(16 * UNFUSED_THREADS as usize) as u32, 1, 1]
+}
+
 fn squares(values: &[bf16]) -> Vec<f32> {
     values.chunks(64).map(|c| c.iter().map(|v| v.to_f32() * v.to_f32()).sum()).collect()
 }
@@ -170,11 +176,20 @@ fn gemv(device: &Device, decode: &Decode, tokens: usize, grid: u32) {
     let case = &decode.case;
     let what = format!("{}, {tokens} tokens, grid {grid}", device.describe());
     let size = [8, 16, 32, 64].iter().position(|&t| t == tokens).unwrap();
-    let of_size: [&'static Kernel<GemvParams>; 4] = match case.epilogue {
-        Epilogue::Plain | Epilogue::Bias => [&GEMV_NORM_M8, &GEMV_NORM_M16, &GEMV_NORM_M32, &GEMV_NORM_M64],
-        Epilogue::Silu => [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64],
-        Epilogue::Residual => [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64],
-        Epilogue::Logits => [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
+    let plain: [&'static Kernel<GemvParams>; 4] = [&GEMV_M8, &GEMV_M16, &GEMV_M32, &GEMV_M64];
+    let (logits, norm_logits): ([&'static Kernel<GemvParams>; 4], [&'static Kernel<GemvParams>; 4]) = (
+        [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
+        [&GEMV_NORM_LOGITS_M8, &GEMV_NORM_LOGITS_M16, &GEMV_NORM_LOGITS_M32, &GEMV_NORM_LOGITS_M64],
+    );
+    let normed = !decode.norm.is_empty();
+    let unrounded = if normed { norm_logits[size] } else { logits[size] };
+    let of_size = match (case.epilogue, normed) {
+        (Epilogue::Plain | Epilogue::Bias, true) => [&GEMV_NORM_M8, &GEMV_NORM_M16, &GEMV_NORM_M32, &GEMV_NORM_M64],
+        (Epilogue::Plain | Epilogue::Bias, false) => plain,
+        (Epilogue::Silu, true) => [&GEMV_NORM_SILU_M8, &GEMV_NORM_SILU_M16, &GEMV_NORM_SILU_M32, &GEMV_NORM_SILU_M64],
+        (Epilogue::Silu, false) => [&GEMV_SILU_M8, &GEMV_SILU_M16, &GEMV_SILU_M32, &GEMV_SILU_M64],
+        (Epilogue::Residual, _) => [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64],
+        (Epilogue::Logits, _) => [unrounded; 4],
     };
     let shared = [GEMV_SHARED_M8, GEMV_SHARED_M16, GEMV_SHARED_M32, GEMV_SHARED_M64];
     let (logits, adds) = (case.epilogue == Epilogue::Logits, case.epilogue == Epilogue::Residual);
@@ -201,27 +216,62 @@ fn gemv(device: &Device, decode: &Decode, tokens: usize, grid: u32) {
         k: case.k as i32,
         ..Default::default()
     };
-    let launch = Launch { shared_bytes: shared[size], pdl: true, ..of_size[size].launch([grid, 1, 1], params) };
+    let product = |kernel: &'static Kernel<GemvParams>, params| Launch {
+        shared_bytes: shared[size],
+        pdl: true,
+        ..kernel.launch([grid, 1, 1], params)
+    };
+    let launch = product(of_size[size], params);
     let values: Vec<f64> = if logits {
         run_and_replay::<f32>(device, &launch, &c, &what).iter().map(|&v| f64::from(v)).collect()
     } else if adds {
         device.upload(&c, 0, bytemuck::cast_slice(&case.extra)).unwrap();
         device.launch(&launch).unwrap();
         let sum: Vec<bf16> = download(device, &c);
-        for (got, want) in download::<f32>(device, &c_squares).iter().zip(squares(&sum)) {
+        let sum_squares = download::<f32>(device, &c_squares);
+        for (got, want) in sum_squares.iter().zip(squares(&sum)) {
             assert!((got - want).abs() <= 1e-6 * want, "{what}: sum of squares {got} but {want} is right");
         }
+        // In two launches, the same bits.
+        let rounded = device.alloc(c.bytes()).unwrap();
+        device.launch(&product(plain[size], GemvParams { c: rounded.pointer(), ..params })).unwrap();
+        device.upload(&c, 0, bytemuck::cast_slice(&case.extra)).unwrap();
+        let (x, residual, squares) = (rounded.pointer(), c.pointer(), c_squares.pointer());
+        let params = AddResidualParams { x, residual, squares, rows: params.rows, hidden: params.n };
+        device.launch(&Launch { pdl: true, ..ADD_RESIDUAL.launch(apart_grid(case.rows * case.n), params) }).unwrap();
+        assert!(sum == download::<bf16>(device, &c), "{what}: other sums in two launches");
+        assert!(sum_squares == download::<f32>(device, &c_squares), "{what}: other squares in two launches");
         sum.iter().map(|v| v.to_f64()).collect()
     } else {
-        run_and_replay::<bf16>(device, &launch, &c, &what).iter().map(|v| v.to_f64()).collect()
+        let bits = run_and_replay::<bf16>(device, &launch, &c, &what);
+        if case.epilogue == Epilogue::Silu {
+            let sums = device.alloc(case.rows * case.n * 4).unwrap();
+            device.launch(&product(unrounded, GemvParams { logits: sums.pointer(), ..params })).unwrap();
+            let (gate_up, out) = (sums.pointer(), c.pointer());
+            let params = SiluMulParams { gate_up, out, rows: params.rows, inner: params.n / 2 };
+            device.fill(&c, 0, c.bytes(), 0xff).unwrap();
+            device.launch(&Launch { pdl: true, ..SILU_MUL.launch(apart_grid(case.rows * case.n), params) }).unwrap();
+            assert!(bits == download::<bf16>(device, &c), "{what}: other bits in two launches");
+        }
+        bits.iter().map(|v| v.to_f64()).collect()
     };
     case.check(&values, &what);
     assert!(download::<u32>(device, &ticket).iter().all(|&t| t == 0), "{what}: tickets are not back at zero");
 }
 
 const GEMM_EPILOGUES: [Epilogue; 4] = [Epilogue::Plain, Epilogue::Bias, Epilogue::Residual, Epilogue::Silu];
-const GEMV_EPILOGUES: [Epilogue; 5] =
-    [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Residual, Epilogue::Logits];
+/// Whether x is normalised on its way, and what follows.
+const GEMV_PRODUCTS: [(bool, Epilogue); 9] = [
+    (true, Epilogue::Plain),
+    (true, Epilogue::Bias),
+    (true, Epilogue::Silu),
+    (false, Epilogue::Residual),
+    (false, Epilogue::Logits),
+    (false, Epilogue::Plain),
+    (false, Epilogue::Bias),
+    (false, Epilogue::Silu),
+    (true, Epilogue::Logits),
+];
 
 /// Widths of tiles that an epilogue has kernels for.
 fn widths(epilogue: Epilogue) -> &'static [u32] {
@@ -347,11 +397,14 @@ fn gemv_is_right_for_every_batch_and_epilogue() {
     for device in devices() {
         let mut random = Random(5);
         for (i, rows) in (1..=16).chain([17, 20, 31, 32, 33, 47, 63, 64]).enumerate() {
-            let decode = Decode::new(&mut random, rows, 192, 704, GEMV_EPILOGUES[i % 5]);
+            let decode = Decode::new(&mut random, rows, 192, 704, GEMV_PRODUCTS[i % 9]);
             gemv(&device, &decode, [8, 16, 32, 64].into_iter().find(|&t| rows <= t).unwrap(), 2);
             if rows <= 8 {
                 gemv(&device, &decode, 16, 3);
             }
+        }
+        for (tokens, product) in [16, 32, 64].into_iter().flat_map(|t| GEMV_PRODUCTS.map(|product| (t, product))) {
+            gemv(&device, &Decode::new(&mut random, tokens - 1, 192, 192, product), tokens, 3);
         }
     }
 }
@@ -362,13 +415,13 @@ fn gemv_sums_cut_tiles() {
     for device in devices() {
         let mut random = Random(6);
         for (n, k, grid) in [(64, 64, 1), (64, 192, 2), (128, 704, 3), (192, 1024, 5), (64, 704, 6), (320, 256, 10)] {
-            for epilogue in GEMV_EPILOGUES {
-                gemv(&device, &Decode::new(&mut random, 3, n, k, epilogue), 8, grid);
+            for product in GEMV_PRODUCTS {
+                gemv(&device, &Decode::new(&mut random, 3, n, k, product), 8, grid);
             }
-            gemv(&device, &Decode::new(&mut random, 13, n, k, Epilogue::Bias), 16, grid);
+            gemv(&device, &Decode::new(&mut random, 13, n, k, (true, Epilogue::Bias)), 16, grid);
         }
-        gemv(&device, &Decode::new(&mut random, 21, 192, 1024, Epilogue::Residual), 32, 5);
-        gemv(&device, &Decode::new(&mut random, 50, 192, 1024, Epilogue::Residual), 64, 5);
+        gemv(&device, &Decode::new(&mut random, 21, 192, 1024, (false, Epilogue::Residual)), 32, 5);
+        gemv(&device, &Decode::new(&mut random, 50, 192, 1024, (false, Epilogue::Residual)), 64, 5);
     }
 }
 
@@ -377,21 +430,21 @@ fn gemv_sums_cut_tiles() {
 fn gemv_clips_the_last_tile() {
     let device = devices().remove(0);
     let mut random = Random(7);
-    for epilogue in [Epilogue::Plain, Epilogue::Bias, Epilogue::Silu, Epilogue::Logits] {
-        gemv(&device, &Decode::new(&mut random, 5, 336, 128, epilogue), 8, 2);
+    for product in GEMV_PRODUCTS.into_iter().filter(|(_, epilogue)| *epilogue != Epilogue::Residual) {
+        gemv(&device, &Decode::new(&mut random, 5, 336, 128, product), 8, 2);
     }
 }
 
-/// The fused product of q, k and v is, bit for bit, the product alone and then rope_append.
+/// The fused product of q, k and v is, bit for bit, the norm, the product alone and then rope_append.
 #[test]
-fn gemv_rotates_and_appends_as_rope_append_does() {
+fn gemv_normalises_rotates_and_appends_as_kernels_apart_do() {
     let positions = [5, -1, 63, 64, 127, 0, 130];
     for device in devices() {
         let mut random = Random(9);
         for (rows, query, kv, dim) in [(7, 4, 1, 64), (3, 2, 2, 128), (30, 5, 1, 128), (40, 2, 1, 64)] {
             let heads = Heads { query, kv, dim };
             let (n, k) = (heads.columns() as usize, 192);
-            let decode = Decode::new(&mut random, rows, n, k, Epilogue::Bias);
+            let decode = Decode::new(&mut random, rows, n, k, (true, Epilogue::Bias));
             let weight = Arc::new(upload(&device, &decode.case.w));
             let w = Linear::new(&device, weight, Some(upload(&device, &decode.case.extra).into()), n, k).unwrap();
             let norm = Norm { weight: upload(&device, &decode.norm).into(), eps: 0.0 };
@@ -416,24 +469,31 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
             let entry = |i: u32| PageEntry { slot: i / 3 + 1, index: i % 3, page: 3 * count - i };
             let entries: Vec<PageEntry> = (0..3 * count).map(entry).collect();
             let scales = KvScales { k: 0.37, v: 1.9 };
-            let run = |kind: KvType, fused: bool| {
+            let normed = device.alloc(rows * k * 2).unwrap();
+            let run = |kind: KvType, fused_norm: bool, fused_rope: bool| {
                 let cache = KvCache::new(&device, heads, kind, &[scales], 3 * count + 1, count + 1, 3).unwrap();
                 cache.set_pages(&device, &entries).unwrap();
                 let (q, qkv) = (device.alloc(rows * (query * dim) as usize * 2), device.alloc(rows * n * 2));
                 let (q, qkv) = (q.unwrap(), qkv.unwrap());
                 let pages = cache.layer(0);
                 let into = RopeInto { heads, cos_sin: &cos_sin, rows: &rows_of, pages: &pages, q: &q };
-                let output = if fused { Output::Rope(&into) } else { Output::Matrix(&qkv) };
-                let product = ops::gemv(&device, Input::Normed(&x, &norm), &w, count, output, &workspace).unwrap();
-                device.launch(&product).unwrap();
-                if !fused {
+                let input = if fused_norm { Input::Normed(&x, &norm) } else { Input::Plain(&normed) };
+                let output = if fused_rope { Output::Rope(&into) } else { Output::Matrix(&qkv) };
+                if !fused_norm {
+                    device.launch(&ops::rms_norm_summed(&x, &norm, count, &normed, &workspace)).unwrap();
+                }
+                device.launch(&ops::gemv(&device, input, &w, count, output, &workspace).unwrap()).unwrap();
+                if !fused_rope {
                     device.launch(&ops::rope_append(&qkv, None, &into)).unwrap();
                 }
                 [&q, pages.k, pages.v].map(|b| download::<u16>(&device, b))
             };
             for kind in [KvType::Bf16, KvType::Fp8] {
-                let same = run(kind, true) == run(kind, false);
-                assert!(same, "{}: {rows} rows, {heads:?}, {kind:?}", device.describe());
+                let fused = run(kind, true, true);
+                for (norm, rope) in [(true, false), (false, true), (false, false)] {
+                    let what = format!("{}: {rows} rows, {heads:?}, {kind:?}", device.describe());
+                    assert!(fused == run(kind, norm, rope), "{what}: norm fused {norm}, rope fused {rope}");
+                }
             }
         }
     }

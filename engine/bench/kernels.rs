@@ -386,7 +386,8 @@ impl Bench<'_> {
             let (q, out) = (self.random(elements, 1.0)?, self.device.alloc(elements * 2)?);
             let workspace = Workspace::new(self.device, 1, 1, s.heads, None)?;
             let (rows, pages) = (sequences.rows(), sequences.cache.layer(0));
-            let launch = ops::attn_decode(&q, s.heads, None, &rows, sequences.keys, &pages, &out, None, &workspace);
+            let launch =
+                ops::attn_decode(&q, s.heads, true, None, &rows, sequences.keys, &pages, &out, None, &workspace);
             self.measure("attn_decode", name, shape, &launch)?;
         }
         Ok(())

@@ -1,9 +1,6 @@
 //! `ponder study ablation`: the same requests with one acceleration technique after the other turned off, and where the time of a
 //! decode step goes. What a device cannot show is not made up: the host target gives launches, bytes and FLOPs, a simulated GPU
 //! the time by its roofline, a GPU the time by the clock.
-//!
-//! Fused epilogues and packed heads cannot be turned off, because there are no kernels without them; what they save is computed
-//! from the model's shape and said to be.
 
 use super::folder::{Folder, Journal};
 use super::plot::{Waterfall, save_waterfall};
@@ -30,6 +27,10 @@ use std::path::Path;
 const H100_BYTES_PER_SECOND: f64 = 3.35e12;
 const H100_FLOPS_PER_SECOND: f64 = 989e12;
 
+const EVERYTHING_ON: &str = "everything on";
+const ROTATION_NOT_FUSED: &str = "rotation not fused";
+const NO_PACKED_GQA: &str = "no packed GQA";
+
 /// The work.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Work {
@@ -51,6 +52,14 @@ struct Variant {
     simulated: bool,
 }
 
+impl Variant {
+    /// Its decode steps have other kernels, or other work for them; or it is the one that the others are compared with.
+    fn has_own_step(&self) -> bool {
+        let of_step = |t: Techniques| (t.fusion, t.split_kv, t.buckets);
+        self.name == EVERYTHING_ON || of_step(self.options.techniques) != of_step(Techniques::default())
+    }
+}
+
 /// What a variant has cost.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cost {
@@ -64,14 +73,16 @@ pub struct Cost {
     pub flops: u64,
     /// Of the whole work. None on the host target.
     pub seconds: Option<f64>,
+    /// A decode step of all requests, the largest share first. Empty on a simulated device, and where it is that of everything on.
+    pub step: Vec<Share>,
     /// The answers' tokens, hashed.
     pub tokens: String,
     /// The same as with everything on.
     pub same_tokens: bool,
 }
 
-/// A kernel's share of a decode step of all requests.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// A kernel's share of a decode step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Share {
     pub kernel: String,
     pub launches: u64,
@@ -81,23 +92,25 @@ pub struct Share {
     pub seconds: f64,
 }
 
-/// What a technique that cannot be turned off adds to a decode step when it is away: computed, not run.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Modelled {
-    pub name: String,
-    pub launches: u64,
-    pub bytes: u64,
+impl Cost {
+    /// All kernels of the decode step, if there are any.
+    pub fn step_total(&self) -> Option<Share> {
+        let total = |of: fn(&Share) -> u64| self.step.iter().map(of).sum();
+        (!self.step.is_empty()).then(|| Share {
+            kernel: "the step".into(),
+            launches: total(|s| s.launches),
+            bytes: total(|s| s.bytes),
+            flops: total(|s| s.flops),
+            seconds: self.step.iter().map(|s| s.seconds).sum(),
+        })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Results {
     pub model: String,
+    /// The first with everything on.
     pub variants: Vec<Cost>,
-    /// Empty on a simulated device. In the order of a step.
-    pub step: Vec<Share>,
-    /// All of it.
-    pub step_total: Option<Share>,
-    pub modelled: Vec<Modelled>,
 }
 
 /// What is run, and where.
@@ -123,7 +136,8 @@ pub fn run(subject: &Subject, folder: &Folder, bar: &ProgressBar) -> Result<Resu
     let (mut journal, known) = Journal::open::<Cost>(&folder.path("answers.jsonl"), &settings)?;
     let mut known: BTreeMap<String, Cost> = known.into_iter().map(|cost| (cost.name.clone(), cost)).collect();
     let simulated = device.simulated().is_some();
-    let variants: Vec<Variant> = variants(work).into_iter().filter(|v| v.simulated || !simulated).collect();
+    let config = ModelConfig::load(subject.folder)?;
+    let variants: Vec<Variant> = variants(work, &config).into_iter().filter(|v| v.simulated || !simulated).collect();
     bar.set_length(variants.len() as u64);
     let mut costs = Vec::<Cost>::new();
     for variant in &variants {
@@ -139,22 +153,7 @@ pub fn run(subject: &Subject, folder: &Folder, bar: &ProgressBar) -> Result<Resu
         costs.push(cost);
         bar.inc(1);
     }
-    let config = ModelConfig::load(subject.folder)?;
-    let step = if simulated { Vec::new() } else { subject.step(&variants[0])? };
-    let total = |of: fn(&Share) -> u64| step.iter().map(of).sum();
-    let results = Results {
-        model: subject.name.clone(),
-        variants: costs,
-        step_total: (!step.is_empty()).then(|| Share {
-            kernel: "the step".into(),
-            launches: total(|s| s.launches),
-            bytes: total(|s| s.bytes),
-            flops: total(|s| s.flops),
-            seconds: step.iter().map(|s| s.seconds).sum(),
-        }),
-        step,
-        modelled: modelled(&config, work),
-    };
+    let results = Results { model: subject.name.clone(), variants: costs };
     let mut report = Report::new("ponder-study-ablation", device, results);
     report.args = Some(settings);
     folder.write_results(&report)?;
@@ -163,7 +162,7 @@ pub fn run(subject: &Subject, folder: &Folder, bar: &ProgressBar) -> Result<Resu
     Ok(report.results)
 }
 
-fn variants(work: &Work) -> Vec<Variant> {
+fn variants(work: &Work, config: &ModelConfig) -> Vec<Variant> {
     let length = work.input_tokens + work.output_tokens;
     let options = || ExecutorOptions {
         max_context: Some(length),
@@ -179,11 +178,16 @@ fn variants(work: &Work) -> Vec<Variant> {
         variant(name, options)
     };
     let whole = (work.requests * work.input_tokens).min(1 << 16);
-    vec![
-        Variant { simulated: true, ..variant("everything on", options()) },
+    let all = [
+        Variant { simulated: true, ..variant(EVERYTHING_ON, options()) },
         variant("no graph", ExecutorOptions { graphs: false, ..options() }),
         technique("no PDL", |t| t.pdl = false),
         technique("no run-ahead", |t| t.run_ahead = 1),
+        technique("norms not fused", |t| t.fusion.norm = false),
+        technique(ROTATION_NOT_FUSED, |t| t.fusion.rope = false),
+        technique("residual not fused", |t| t.fusion.residual = false),
+        technique("silu not fused", |t| t.fusion.silu = false),
+        Variant { simulated: true, ..technique(NO_PACKED_GQA, |t| t.fusion.packed_gqa = false) },
         technique("no split-KV", |t| t.split_kv = false),
         technique("no batch buckets", |t| t.buckets = false),
         Variant { prefix_cache: false, simulated: true, ..variant("no prefix cache", options()) },
@@ -193,7 +197,14 @@ fn variants(work: &Work) -> Vec<Variant> {
         },
         variant("four steps a launch", ExecutorOptions { decode_loop: DecodeLoop::Multi, ..options() }),
         variant("loop on the device", ExecutorOptions { decode_loop: DecodeLoop::Device, ..options() }),
-    ]
+    ];
+    let can_be_turned_off = |v: &Variant| match v.name {
+        // Where norms of heads stand between the product and the rotation, these are never fused.
+        ROTATION_NOT_FUSED => !config.qk_norm,
+        NO_PACKED_GQA => config.num_heads > config.num_kv_heads,
+        _ => true,
+    };
+    all.into_iter().filter(can_be_turned_off).collect()
 }
 
 impl Subject<'_> {
@@ -238,7 +249,10 @@ impl Subject<'_> {
         let seconds = (engine.now() - start).as_secs_f64();
         let calls = engine.launch_calls() - calls;
         drop(engine);
-        let all = if self.device.simulated().is_some() { KernelCost::default() } else { self.profile(variant)? };
+        let (all, step) = match self.device.simulated() {
+            Some(_) => Default::default(),
+            None => (self.profile(variant)?, if variant.has_own_step() { self.step(variant)? } else { Vec::new() }),
+        };
         let tokens: Vec<Vec<u32>> = answers.into_values().collect();
         Ok(Cost {
             name: variant.name.into(),
@@ -247,6 +261,7 @@ impl Subject<'_> {
             bytes: all.bytes,
             flops: all.flops,
             seconds: (!self.device.is_host()).then_some(seconds),
+            step,
             tokens: blake3::hash(serde_json::to_string(&tokens).expect("numbers").as_bytes()).to_hex().to_string(),
             same_tokens: true,
         })
@@ -296,74 +311,58 @@ impl Subject<'_> {
     }
 }
 
-/// What a decode step of all requests would have besides, if each fused part were a kernel of its own that reads its operands
-/// and writes its result; and if each query head read K and V by itself.
-fn modelled(c: &ModelConfig, work: &Work) -> Vec<Modelled> {
-    const BF16: u64 = 2;
-    let (layers, rows) = (c.num_layers as u64, u64::from(work.requests.min(MAX_DECODE_ROWS)));
-    let (hidden, inner) = (c.hidden_size as u64, c.intermediate_size as u64);
-    let columns = ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim) as u64;
-    let keys = rows * u64::from(work.input_tokens + 1);
-    let cache = 2 * keys * (c.num_kv_heads * c.head_dim) as u64;
-    let group = (c.num_heads / c.num_kv_heads) as u64;
-    let one = |name: &str, per_layer: u64, elements: u64| Modelled {
-        name: name.into(),
-        launches: layers * per_layer,
-        bytes: layers * elements * BF16,
-    };
-    let mut all = vec![
-        // Reads the stream, writes what the product then reads in its place; before q, k, v and before gate and up.
-        one("norm not in the product", 2, 2 * 2 * rows * hidden),
-        // The product writes its result, the addition reads it; after o and after down.
-        one("residual addition not in the product", 2, 2 * 2 * rows * hidden),
-        // Gate and up written and read again.
-        one("silu not in the product", 1, 2 * 2 * rows * inner),
-        // Reads what the other query heads of the group have read.
-        one("heads of a group not packed", 0, (group - 1) * cache),
-    ];
-    // Models that normalise heads of q and k have it as a kernel already.
-    if !c.qk_norm {
-        all.insert(1, one("rotation and append not in the product", 1, 2 * rows * columns));
-    }
-    all
-}
-
 fn plots(r: &Results, device: &Device, folder: &Folder) -> Result<()> {
-    if let Some(total) = &r.step_total {
+    let base = &r.variants[0];
+    if let Some(total) = base.step_total() {
         let mut bars = Vec::new();
         let mut at = 0.0;
-        for share in r.step.iter().chain([total]) {
-            let to = if share.kernel == total.kernel { at } else { at + share.seconds * 1e6 };
-            let from = if share.kernel == total.kernel { 0.0 } else { at };
-            let label = format!("{:.2} us, {:.0} %", share.seconds * 1e6, 100.0 * share.seconds / total.seconds);
-            bars.push((share.kernel.clone(), from, to, label));
+        for share in &base.step {
+            let to = at + share.seconds * 1e6;
+            bars.push((share.kernel.clone(), at, to, share_label(share, &total)));
             at = to;
         }
+        bars.push((total.kernel.clone(), 0.0, at, share_label(&total, &total)));
         let how = if device.is_host() { "by an H100's roofline" } else { "each kernel alone" };
         let title = format!("A decode step of {}", r.model);
         save_waterfall(&Waterfall { title, x: format!("microseconds, {how}"), bars }, &folder.path("step"))?;
     }
-    let measure = |cost: &Cost| match cost.seconds {
-        Some(seconds) => seconds * 1e3,
-        None => cost.launch_calls as f64,
-    };
-    let base = r.variants.first().map_or(1.0, measure);
     let bars = r.variants.iter().map(|v| {
-        let percent = 100.0 * (measure(v) / base - 1.0);
-        (v.name.clone(), 0.0, measure(v), format!("{:.1}, {percent:+.1} %", measure(v)))
+        let (length, label) = match (v.seconds, base.seconds) {
+            (Some(seconds), Some(of_base)) => {
+                (seconds * 1e3, format!("{:.1}{}", seconds * 1e3, change(seconds, of_base)))
+            }
+            _ => {
+                let megabytes = v.bytes as f64 / 1e6;
+                let change = change(megabytes, base.bytes as f64 / 1e6);
+                (megabytes, format!("{megabytes:.0}{change}, {} kernels, {} launches", v.kernels, v.launch_calls))
+            }
+        };
+        (v.name.clone(), 0.0, length, label)
     });
-    let x = if device.is_host() { "launches by the host" } else { "milliseconds of the whole work" };
+    let x = if device.is_host() { "megabytes that the whole work moves" } else { "milliseconds of the whole work" };
     let waterfall =
         Waterfall { title: format!("One technique at a time, {}", r.model), x: x.into(), bars: bars.collect() };
     save_waterfall(&waterfall, &folder.path("techniques"))
 }
 
+fn share_label(share: &Share, total: &Share) -> String {
+    format!("{:.2} us, {:.0} %", share.seconds * 1e6, 100.0 * share.seconds / total.seconds)
+}
+
+/// In percent, if there is any that would be seen.
+fn change(value: f64, base: f64) -> String {
+    let percent = 100.0 * (value / base - 1.0);
+    if percent.abs() < 0.05 { String::new() } else { format!(" ({percent:+.1} %)") }
+}
+
 fn markdown(report: &Report<Results>, work: &Work, device: &Device) -> String {
     let r = &report.results;
+    let base = &r.variants[0];
     let mut text = format!(
         "# What acceleration techniques do for {}\n\n{} requests of {} prompt tokens, of which {} are the same, and {} output tokens; \
          seed {}. Device: {}. Commit: {}. {}.\n\n![techniques](techniques.png)\n\n\
-         | | kernels | launches by the host | MB | GFLOP | ms | same tokens |\n|---|---|---|---|---|---|---|\n",
+         | | kernels | launches by the host | MB | GFLOP | ms | a decode step: kernels | MB | us | same tokens |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
         r.model,
         work.requests,
         work.input_tokens,
@@ -374,54 +373,56 @@ fn markdown(report: &Report<Results>, work: &Work, device: &Device) -> String {
         report.commit,
         report.date
     );
+    let cell = |value: Option<f64>, base: Option<f64>, digits: usize| match (value, base) {
+        (Some(value), Some(base)) => format!("{value:.digits$}{}", change(value, base)),
+        _ => "-".into(),
+    };
     for v in &r.variants {
-        let counted = |text: String| if v.kernels > 0 { text } else { "-".into() };
-        let _ = writeln!(
-            text,
-            "| {} | {} | {} | {} | {} | {} | {} |",
-            v.name,
-            counted(v.kernels.to_string()),
-            counted(v.launch_calls.to_string()),
-            counted(format!("{:.2}", v.bytes as f64 / 1e6)),
-            counted(format!("{:.3}", v.flops as f64 / 1e9)),
-            v.seconds.map_or("-".into(), |s| format!("{:.3}", s * 1e3)),
-            if v.same_tokens { "yes" } else { "**no**" }
-        );
+        // Not counted where no kernel runs.
+        let counted = |of: &dyn Fn(&Cost) -> f64, digits| {
+            let of = |cost: &Cost| (cost.kernels > 0).then(|| of(cost));
+            cell(of(v), of(base), digits)
+        };
+        let of_step =
+            |of: &dyn Fn(Share) -> f64, digits| cell(v.step_total().map(of), base.step_total().map(of), digits);
+        let cells = [
+            v.name.clone(),
+            counted(&|c| c.kernels as f64, 0),
+            counted(&|c| c.launch_calls as f64, 0),
+            counted(&|c| c.bytes as f64 / 1e6, 2),
+            counted(&|c| c.flops as f64 / 1e9, 3),
+            cell(v.seconds.map(|s| s * 1e3), base.seconds.map(|s| s * 1e3), 3),
+            of_step(&|s| s.launches as f64, 0),
+            of_step(&|s| s.bytes as f64 / 1e6, 3),
+            of_step(&|s| s.seconds * 1e6, 3),
+            if v.same_tokens { "yes".into() } else { "**no**".into() },
+        ];
+        let _ = writeln!(text, "| {} |", cells.join(" | "));
     }
     text += match (device.is_host(), device.simulated().is_some()) {
         (true, _) => {
             "\nOn the host target nothing is timed: PDL, run-ahead and split-KV change neither launches nor bytes, and what they are \
-             worth only a GPU can say.\n"
+             worth only a GPU can say. Whether kernels are fused changes most what a launch costs, which is not in this table either.\n"
         }
         (_, true) => {
             "\nSimulated time: bytes and FLOPs by the roofline. Only techniques that change those are listed.\n"
         }
         _ => "\nTime by the clock, from submitting all requests to the last token.\n",
     };
-    if let Some(total) = &r.step_total {
+    if let Some(total) = base.step_total() {
         let how = match device.is_host() {
             true => "the time that its bytes or FLOPs take at the least on an H100 (3.35 TB/s, 989 TFLOP/s)",
             false => "measured, each kernel alone and with the time of launching it",
         };
         let _ = write!(
             text,
-            "\n## A decode step\n\nOf all requests, after their first token. Time: {how}.\n\n![step](step.png)\n\n\
-             | kernel | launches | MB | GFLOP | us |\n|---|---|---|---|---|\n"
+            "\n## A decode step\n\nOf all requests, after their first token, everything on. Time: {how}. `results.json` has the same \
+             of each line above with a step of its own.\n\n![step](step.png)\n\n| kernel | launches | MB | GFLOP | us |\n|---|---|---|---|---|\n"
         );
-        for s in r.step.iter().chain([total]) {
+        for s in base.step.iter().chain([&total]) {
             let (bytes, flops) = (s.bytes as f64 / 1e6, s.flops as f64 / 1e9);
             let _ =
                 writeln!(text, "| {} | {} | {bytes:.3} | {flops:.4} | {:.3} |", s.kernel, s.launches, s.seconds * 1e6);
-        }
-        let _ = write!(
-            text,
-            "\n## Fused parts and packed heads: computed, not run\n\nThere are no kernels without these. What a decode step would have \
-             besides, if each were a kernel of its own that reads its operands and writes its result; keys are counted once for each \
-             query head where heads are not packed, whatever a cache might save.\n\n| | launches | MB | % of the step's bytes |\n|---|---|---|---|\n"
-        );
-        for m in &r.modelled {
-            let percent = 100.0 * m.bytes as f64 / total.bytes as f64;
-            let _ = writeln!(text, "| {} | +{} | +{:.3} | +{percent:.1} |", m.name, m.launches, m.bytes as f64 / 1e6);
         }
     }
     text
