@@ -84,6 +84,7 @@ pub struct TensorView<'a> {
 }
 
 /// A matrix [n][k] in fp8 (e4m3), in the mapped file, and what its numbers are multiplied with.
+#[derive(Clone)]
 pub struct Fp8View<'a> {
     name: String,
     source: &'a Path,
@@ -94,7 +95,8 @@ pub struct Fp8View<'a> {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scales {
-    /// [n], the same for all rows where the file has one for the tensor.
+    Tensor(f32),
+    /// [n].
     Rows(Vec<f32>),
     /// [n / 128][k / 128], rounded up.
     Blocks(Vec<f32>),
@@ -238,6 +240,11 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// What is wrong with it.
+    pub fn problem(&self, problem: String) -> Error {
+        Error::model(&self.source, problem)
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
@@ -318,7 +325,8 @@ impl Checkpoint {
             return bad(scale, format!("holds {number:e}: scales are above 0, finite, and not subnormal"));
         }
         let scales = match stored {
-            [] | [1] | [1, 1] => Scales::Rows(vec![numbers[0]; n]),
+            // Of a matrix that is no larger than a block, too.
+            [] | [1] | [1, 1] => Scales::Tensor(numbers[0]),
             [rows] | [rows, 1] if *rows == n => Scales::Rows(numbers),
             stored if stored == blocks => Scales::Blocks(numbers),
             stored => {

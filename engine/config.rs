@@ -11,6 +11,32 @@ use std::path::Path;
 
 pub use quantization::Fp8Scales;
 
+/// What the numbers of a matrix are kept as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightType {
+    #[default]
+    Bf16,
+    /// e4m3 with a scale for each row.
+    Fp8Rows,
+    /// e4m3 with a scale for each 128 rows and columns.
+    Fp8Blocks,
+}
+
+/// Of a layer's products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerTypes {
+    pub qkv: WeightType,
+    pub o: WeightType,
+    pub gate_up: WeightType,
+    pub down: WeightType,
+}
+
+impl LayerTypes {
+    pub fn of(all: WeightType) -> LayerTypes {
+        LayerTypes { qkv: all, o: all, gate_up: all, down: all }
+    }
+}
+
 /// Model families that the launch list fits. What differs between them is in [`ModelConfig`], as data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
@@ -55,6 +81,8 @@ pub struct ModelConfig {
     pub windows: Vec<Option<u32>>,
     /// That there are fp8 weights, and how they are scaled. Which of them: see [`crate::checkpoint::Checkpoint::fp8`].
     pub quantization: Option<Fp8Scales>,
+    /// What each layer's matrices are kept as. All bf16 until [`crate::model::Weights::types`] has seen the tensors.
+    pub weight_types: Vec<LayerTypes>,
     /// Any of them ends an answer; from both files, without repeats.
     pub eos_token_ids: Vec<u32>,
     pub defaults: SamplingDefaults,
@@ -89,6 +117,11 @@ const MAX_SIZE: u64 = 1 << 24;
 const MAX_LAYERS: usize = 1024;
 
 impl ModelConfig {
+    /// Whether any matrix is.
+    pub fn is_fp8(&self) -> bool {
+        self.weight_types.iter().any(|&types| types != LayerTypes::default())
+    }
+
     /// # Errors
     /// Unreadable files, fields that are missing, of the wrong type or out of range, and models that no kernel fits.
     pub fn load(folder: &Path) -> Result<ModelConfig> {
@@ -211,6 +244,7 @@ impl ModelConfig {
             qk_norm: architecture == Architecture::Qwen3,
             windows: fields.windows(architecture, num_layers)?,
             quantization: quantization::parse(&fields)?,
+            weight_types: vec![LayerTypes::default(); num_layers],
             eos_token_ids,
             defaults,
         })

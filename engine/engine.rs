@@ -3,7 +3,6 @@
 //! Synchronous: whoever owns an [`Engine`] calls [`Engine::step`] while there is work, from whichever thread. An error of the
 //! device is sticky: drop the engine. For requests from many threads see `service.rs`.
 
-use crate::Result;
 use crate::batch::{Finish, TokenEvent};
 use crate::blocks::{CacheWatcher, PageHash};
 use crate::device::Device;
@@ -15,6 +14,7 @@ use crate::scheduler::Submission;
 use crate::sequence::{FinishReason, Piece, Transcript};
 use crate::stepper::Stepper;
 pub use crate::stepper::{HostWork, Stats};
+use crate::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,12 +48,17 @@ impl Engine {
     /// # Errors
     /// Tensors that are missing or of the wrong shape, too little memory, a device that fails.
     pub fn new(
-        frontend: Frontend,
+        mut frontend: Frontend,
         weights: Weights,
         device: &Device,
         options: &ExecutorOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Engine> {
+        if options.quantize && device.simulated().is_some() {
+            let problem = "--quantize: no weights are loaded on a simulated device: say --device sim:h100,fp8";
+            return Err(Error::Usage(problem.into()));
+        }
+        frontend.config.weight_types = weights.types(&frontend.config, options.quantize)?;
         let stepper = Stepper::new(&frontend.config, frontend.tokenizer.traits(), weights, device, options, progress)?;
         let frontend = Arc::new(frontend);
         Ok(Engine { texts: Texts::new(frontend.clone()), frontend, stepper, next_serial: 0 })

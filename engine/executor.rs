@@ -3,7 +3,6 @@
 
 use crate::batch::{Batch, PrefillChunk, Score, Scoring, TokenEvent, Work};
 use crate::config::ModelConfig;
-use crate::device::simulated::SimulatedGpu;
 use crate::device::{Buffer, Device, Graph, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, MAX_SLOTS, PAGE_TOKENS, PrefillTile, RING_STEPS, TokenRing};
 use crate::kv_cache::KvCache;
@@ -53,6 +52,8 @@ pub struct ExecutorOptions {
     pub pages: Option<u32>,
     pub kv_memory: Option<u64>,
     pub kv_type: KvType,
+    /// The layers' matrices that are bf16 become fp8 when they are loaded.
+    pub quantize: bool,
     /// Of the device's whole memory, how much may be taken, everything included; absent: most of what is free.
     pub memory_utilization: Option<f64>,
     /// Most prompt tokens in one step.
@@ -96,6 +97,7 @@ impl Default for ExecutorOptions {
             pages: None,
             kv_memory: None,
             kv_type: KvType::default(),
+            quantize: false,
             memory_utilization: None,
             prefill_chunk: 512,
             graphs: true,
@@ -142,8 +144,10 @@ impl MemoryPlan {
             return Err(Error::request("max_context", problem));
         }
         let (free, total) = device.memory()?;
-        // weight_bytes is of bf16.
-        let weights = model::weight_bytes(c) * device.simulated().map_or(2, SimulatedGpu::element_bytes) / 2;
+        let weights = match device.simulated() {
+            Some(gpu) if gpu.fp8 && !c.is_fp8() => model::weight_bytes(c) / 2,
+            _ => model::weight_bytes(c),
+        };
         let kv_type = if device.simulated().is_some_and(|gpu| gpu.fp8) { KvType::Fp8 } else { options.kv_type };
         let page_bytes = KvCache::page_bytes(c.num_layers, model::heads(c), kv_type);
         let workspace = |context: u32| {

@@ -3,14 +3,14 @@
 //! Must not know requests, nor when a step runs.
 
 use crate::checkpoint::Checkpoint;
-use crate::config::ModelConfig;
+use crate::config::{LayerTypes, ModelConfig, WeightType};
 use crate::device::{Buffer, Device, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
 use crate::kv_cache::KvCache;
-use crate::loader::Loader;
+use crate::loader::{self, Loader};
 use crate::ops::{
-    self, Epilogue, Heads, Input, KvScales, KvType, Linear, Norm, Output, Pages, RopeInto, Rows, Tiles, Tokens,
-    Workspace,
+    self, Epilogue, Heads, Input, KvScales, KvType, Linear, Norm, Operand, Output, Pages, Quantised, RopeInto, Rows,
+    Tiles, Tokens, Workspace,
 };
 use crate::slots::Slots;
 use crate::{Error, Result};
@@ -22,6 +22,17 @@ pub enum Weights<'a> {
     Checkpoint(&'a Checkpoint),
     /// Made on the device, for benches: norms of 1, everything else random, the same on every device.
     Dummy,
+}
+
+impl Weights<'_> {
+    /// What each layer's matrices are kept as: as the checkpoint has them, and with `quantize` nothing in bf16. For
+    /// [`ModelConfig::weight_types`].
+    ///
+    /// # Errors
+    /// Tensors that are missing, of the wrong shape, or of types that do not go together.
+    pub fn types(self, c: &ModelConfig, quantize: bool) -> Result<Vec<LayerTypes>> {
+        (0..c.num_layers).map(|layer| loader::layer_types(self, c, layer, quantize)).collect()
+    }
 }
 
 impl<'a> From<&'a Checkpoint> for Weights<'a> {
@@ -78,6 +89,8 @@ pub struct Activations {
     /// [rows][hidden], the residual stream.
     residual: Buffer,
     normed: Buffer,
+    /// What products of prefill read where weights are fp8: [rows][their largest k].
+    quantised: Option<Quantised>,
     /// [rows][(q + 2 kv) heads * dim].
     qkv: Buffer,
     /// [rows][q heads * dim].
@@ -98,7 +111,8 @@ impl Activations {
         let columns =
             2 * c.hidden_size + (heads.columns() + 2 * heads.query * heads.dim) as usize + c.intermediate_size;
         let workspace = Workspace::bytes(device, widest(c), c.hidden_size, heads, fixed_splits);
-        (rows as usize * columns * 2 + decode * logit_columns(c) * 4) as u64 + workspace
+        let quantised = if c.is_fp8() { Quantised::bytes(rows, longest(c)) } else { 0 };
+        (rows as usize * columns * 2 + decode * logit_columns(c) * 4) as u64 + quantised + workspace
     }
 
     /// `rows`: of a prefill step. `fixed_splits`: see [`Workspace::new`].
@@ -111,6 +125,7 @@ impl Activations {
         Ok(Activations {
             residual: matrix(c.hidden_size)?,
             normed: matrix(c.hidden_size)?,
+            quantised: c.is_fp8().then(|| Quantised::new(device, rows, longest(c))).transpose()?,
             qkv: matrix(heads.columns() as usize)?,
             q: matrix(q_columns)?,
             attention: matrix(q_columns)?,
@@ -143,6 +158,11 @@ fn logit_columns(c: &ModelConfig) -> usize {
     c.vocab_size.max(2 * c.intermediate_size)
 }
 
+/// k of the longest product of a layer.
+fn longest(c: &ModelConfig) -> usize {
+    c.hidden_size.max(c.intermediate_size).max(c.num_heads * c.head_dim)
+}
+
 /// Columns of the widest decode product.
 fn widest(c: &ModelConfig) -> usize {
     (2 * c.intermediate_size).max(c.vocab_size).max(heads(c).columns() as usize)
@@ -156,27 +176,40 @@ pub fn rotation_bytes(c: &ModelConfig, positions: u32) -> u64 {
 /// Bytes that the weights take on the device.
 pub fn weight_bytes(c: &ModelConfig) -> u64 {
     let heads = heads(c);
-    let q = (heads.query * heads.dim) as usize;
-    let layer = (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size
-        + 2 * c.hidden_size
+    let vectors = 2 * c.hidden_size
         + if c.qkv_bias { heads.columns() as usize } else { 0 }
         + if c.o_bias { c.hidden_size } else { 0 }
         + if c.qk_norm { 2 * heads.dim as usize } else { 0 };
     let tables = if c.tie_word_embeddings { 1 } else { 2 } * c.vocab_size * c.hidden_size;
-    2 * (c.num_layers * layer + tables + c.hidden_size) as u64
+    layer_bytes(c) + 2 * (c.num_layers * vectors + tables + c.hidden_size) as u64
+}
+
+/// n and k of the matrices of a layer: q, k and v; o; gate and up; down.
+fn shapes(c: &ModelConfig) -> [[usize; 2]; 4] {
+    let (columns, q) = (heads(c).columns() as usize, c.num_heads * c.head_dim);
+    let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+    [[columns, hidden], [hidden, q], [2 * inner, hidden], [hidden, inner]]
 }
 
 /// Elements of the matrices that every token is multiplied with, the head left out.
 pub fn layer_elements(c: &ModelConfig) -> u64 {
-    let heads = heads(c);
-    let q = (heads.query * heads.dim) as usize;
-    (c.num_layers * (heads.columns() as usize + q + 3 * c.intermediate_size) * c.hidden_size) as u64
+    (c.num_layers * shapes(c).iter().map(|[n, k]| n * k).sum::<usize>()) as u64
+}
+
+/// Bytes of those matrices, with their scales.
+pub fn layer_bytes(c: &ModelConfig) -> u64 {
+    let bytes = |([n, k], kind): ([usize; 2], WeightType)| match kind {
+        WeightType::Bf16 => 2 * n * k,
+        WeightType::Fp8Rows => n * k + 4 * n,
+        WeightType::Fp8Blocks => n * k + 4 * ops::block_scales(n, k),
+    };
+    let layer = |t: &LayerTypes| shapes(c).into_iter().zip([t.qkv, t.o, t.gate_up, t.down]).map(bytes).sum::<usize>();
+    c.weight_types.iter().map(layer).sum::<usize>() as u64
 }
 
 /// Bytes of weights that a decode step must read at the least: each once.
 pub fn decode_weight_bytes(c: &ModelConfig) -> u64 {
-    let head = (c.vocab_size * c.hidden_size) as u64;
-    2 * (layer_elements(c) + head)
+    layer_bytes(c) + 2 * (c.vocab_size * c.hidden_size) as u64
 }
 
 /// Bytes of K and V of so many tokens.
@@ -204,8 +237,7 @@ impl Model {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Model> {
         check_shape(config)?;
-        let (eps, all) = (config.rms_norm_eps, weight_bytes(config));
-        let mut loader = Loader::new(device, weights, eps, all, progress);
+        let mut loader = Loader::new(device, weights, config, progress)?;
         let (c, h) = (config, config.hidden_size);
         let embedding = loader.matrix("model.embed_tokens.weight", c.vocab_size, h)?;
         let layers = (0..c.num_layers).map(|i| loader.layer(c, i)).collect::<Result<_>>()?;
@@ -239,22 +271,35 @@ impl Model {
     /// Chunks of prompts; samples the next token of those that end.
     pub fn prefill(&self, step: &PrefillStep, cache: &KvCache, slots: &Slots, a: &Activations) -> Result<Vec<Launch>> {
         let (device, heads, count) = (&self.device, self.heads(), step.rows.count);
-        let gemm = |x, w, epilogue, out| ops::gemm(device, x, w, count, epilogue, out);
+        let gemm = |x: Operand, w: &Linear, epilogue, out: &Buffer| ops::gemm(device, x, w, count, epilogue, out);
+        let quantised = || a.quantised.as_ref().expect("made for such a model");
+        let normed = |norm, w: &Linear| match w.is_fp8() {
+            false => (ops::rms_norm(&a.residual, norm, None, count, &a.normed), Operand::Bf16(&a.normed)),
+            true => (ops::rms_norm_fp8(&a.residual, norm, count, quantised()), Operand::Fp8(quantised())),
+        };
+        let add = |x: &Buffer, w: &Linear| -> Result<Vec<Launch>> {
+            let product = |x: Operand| gemm(x, w, Epilogue::Residual, &a.residual);
+            match w.is_fp8() {
+                false => Ok(vec![product(Operand::Bf16(x))?]),
+                true => Ok(vec![ops::quantise(x, w.k(), count, quantised()), product(Operand::Fp8(quantised()))?]),
+            }
+        };
         let tokens = Tokens::Prompt(step.tokens, step.positions);
         let mut launches = vec![self.embed(slots, &step.rows, tokens, a)];
         for (i, layer) in self.layers.iter().enumerate() {
             let (pages, window) = (cache.layer(i), self.config.windows[i]);
             let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
+            let (norm, x) = normed(&layer.input_norm, &layer.qkv);
             launches.extend([
-                ops::rms_norm(&a.residual, &layer.input_norm, None, count, &a.normed),
-                gemm(&a.normed, &layer.qkv, Epilogue::Plain, &a.qkv)?,
+                norm,
+                gemm(x, &layer.qkv, Epilogue::Plain, &a.qkv)?,
                 ops::rope_append(&a.qkv, qk_norm, &self.rope_into(&step.rows, &pages, a)),
                 ops::attn_prefill(device, &a.q, heads, window, &step.tiles, &pages, &a.attention, &a.workspace)?,
-                gemm(&a.attention, &layer.o, Epilogue::Residual, &a.residual)?,
-                ops::rms_norm(&a.residual, &layer.post_norm, None, count, &a.normed),
-                gemm(&a.normed, &layer.gate_up, Epilogue::Silu, &a.mlp)?,
-                gemm(&a.mlp, &layer.down, Epilogue::Residual, &a.residual)?,
             ]);
+            launches.extend(add(&a.attention, &layer.o)?);
+            let (norm, x) = normed(&layer.post_norm, &layer.gate_up);
+            launches.extend([norm, gemm(x, &layer.gate_up, Epilogue::Silu, &a.mlp)?]);
+            launches.extend(add(&a.mlp, &layer.down)?);
         }
         if step.sampled > 0 {
             launches.extend(self.logits((step.last_rows, step.sampled), a)?);

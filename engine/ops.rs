@@ -39,9 +39,9 @@ pub struct Linear {
 /// What the numbers of a matrix [n][k] in e4m3 are to be multiplied with, fp32.
 pub enum Scales {
     /// [n].
-    Rows(Buffer),
+    Rows(Arc<Buffer>),
     /// [k / SCALE_GROUP, rounded up][n / SCALE_ROWS].
-    Blocks(Buffer),
+    Blocks(Arc<Buffer>),
 }
 
 /// Activations in e4m3: what a product of fp8 weights reads in prefill.
@@ -359,6 +359,10 @@ impl Linear {
 
     pub fn is_fp8(&self) -> bool {
         self.scales.is_some()
+    }
+
+    pub fn k(&self) -> usize {
+        self.k as usize
     }
 
     /// So many bytes of the weights, each of `blocks` blocks its share of them.

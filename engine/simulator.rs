@@ -210,7 +210,8 @@ impl Simulator {
 /// How long a step of so many rows takes. `key_bytes`: of K and V that are read; `pairs`: products of a query and a key.
 pub fn step_seconds(gpu: &SimulatedGpu, c: &ModelConfig, rows: u64, sampled: u64, key_bytes: u64, pairs: u64) -> f64 {
     let (layers, head) = (model::layer_elements(c), (c.vocab_size * c.hidden_size) as u64);
-    let bytes = gpu.element_bytes() * (layers + if sampled > 0 { head } else { 0 }) + key_bytes;
+    let layer_bytes = if gpu.fp8 { layers } else { model::layer_bytes(c) };
+    let bytes = layer_bytes + if sampled > 0 { gpu.element_bytes() * head } else { 0 } + key_bytes;
     let attention = 4 * pairs * (c.num_heads * c.head_dim * c.num_layers) as u64;
     gpu.seconds(bytes, 2 * (rows * layers + sampled * head) + attention)
 }

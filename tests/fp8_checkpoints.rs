@@ -194,7 +194,7 @@ fn scales_of_every_shape() {
     let e4m3 = |shape| e4m3("shapes", shape);
     for name in ["x.weight_scale", "x.weight_scale_inv"] {
         for shape in [&[][..], &[1], &[1, 1]] {
-            assert_eq!(e4m3([3, 2]).f32(name, shape, &[0.25]).scales([3, 2]), Scales::Rows(vec![0.25; 3]));
+            assert_eq!(e4m3([3, 2]).f32(name, shape, &[0.25]).scales([3, 2]), Scales::Tensor(0.25));
         }
         for shape in [&[3][..], &[3, 1]] {
             assert_eq!(e4m3([3, 200]).f32(name, shape, &numbers(3)).scales([3, 200]), Scales::Rows(numbers(3)));
@@ -208,7 +208,7 @@ fn scales_of_every_shape() {
     let scales = e4m3([2, 2]).with("x.weight_scale", "F16", &[2], &halves).scales([2, 2]);
     assert_eq!(scales, Scales::Rows(vec![1.5, f16::from_f32(0.001).to_f32()]));
     let scales = e4m3([2, 2]).with("x.weight_scale", "BF16", &[], &bf16::from_f32(0.75).to_le_bytes()).scales([2, 2]);
-    assert_eq!(scales, Scales::Rows(vec![0.75; 2]));
+    assert_eq!(scales, Scales::Tensor(0.75));
 }
 
 #[test]
@@ -279,7 +279,7 @@ fn matrices_of_other_types() {
 fn tiny_models_have_their_matrices() {
     let golden = Path::new("models/golden");
     for (name, quantization, shapes) in [
-        ("fp8-tensor", Fp8Scales::PerTensor, [256, 128, 128]),
+        ("fp8-tensor", Fp8Scales::PerTensor, [1, 1, 1]),
         ("fp8-channel", Fp8Scales::PerChannel, [192, 192, 192]),
         ("fp8-block", Fp8Scales::PerBlock, [2, 2, 2]),
         ("fp8-block-ragged", Fp8Scales::PerBlock, [4, 4, 6]),
@@ -298,9 +298,12 @@ fn tiny_models_have_their_matrices() {
         for ((matrix, shape), count) in matrices.into_iter().zip(shapes) {
             let view = checkpoint.fp8(&format!("model.layers.0.{matrix}.weight"), shape).unwrap().expect("fp8");
             assert!(view.piece(0..shape[0] * shape[1]).is_ok());
-            let (Scales::Rows(scales) | Scales::Blocks(scales)) = &view.scales;
-            assert_eq!(scales.len(), count, "{name}, {matrix}");
-            assert_eq!(matches!(view.scales, Scales::Blocks(_)), quantization == Fp8Scales::PerBlock, "{name}");
+            let (kind, scales) = match &view.scales {
+                Scales::Tensor(_) => (Fp8Scales::PerTensor, 1),
+                Scales::Rows(scales) => (Fp8Scales::PerChannel, scales.len()),
+                Scales::Blocks(scales) => (Fp8Scales::PerBlock, scales.len()),
+            };
+            assert_eq!((kind, scales), (quantization, count), "{name}, {matrix}");
         }
         let down = checkpoint.fp8("model.layers.1.mlp.down_proj.weight", [h, c.intermediate_size]).unwrap();
         assert_eq!(down.is_none(), name == "fp8-block-ragged", "{name}: one MLP was left in bf16");

@@ -61,8 +61,8 @@ impl Weights {
 
     fn linear(&self, device: &Device, bias: Option<&[bf16]>) -> Linear {
         let scales = match &self.rows {
-            Some(rows) => Scales::Rows(upload(device, rows)),
-            None => Scales::Blocks(upload(device, &self.blocks)),
+            Some(rows) => Scales::Rows(upload(device, rows).into()),
+            None => Scales::Blocks(upload(device, &self.blocks).into()),
         };
         let bias = bias.map(|bias| upload(device, bias).into());
         Linear::fp8(device, upload(device, &self.numbers).into(), scales, bias, self.n, self.k).unwrap()
@@ -373,7 +373,8 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
             let w = Weights::new(&mut random, n, k, false);
             let weight = values(&mut random, 1, k);
             let linear = w.linear(&device, Some(&values(&mut random, 1, n)));
-            let (x, norm) = (normed(&mut random, rows, &weight).0, Norm { weight: upload(&device, &weight).into(), eps: 0.0 });
+            let (x, norm) =
+                (normed(&mut random, rows, &weight).0, Norm { weight: upload(&device, &weight).into(), eps: 0.0 });
             let (x, count) = (upload(&device, &x), rows as u32);
             let workspace = Workspace::new(&device, n, k, heads, None).unwrap();
             sum_squares(&device, &x, count, k, &workspace);

@@ -7,6 +7,7 @@ use ponder::device::Device;
 use ponder::device::host::HostOptions;
 use ponder::executor::{DecodeLoop, ExecutorOptions, MemoryPlan};
 use ponder::frontend::Frontend;
+use ponder::model::Weights;
 use ponder::thinking::ThinkingChoice;
 use ponder::{Engine, Error};
 use std::path::Path;
@@ -19,11 +20,13 @@ fn what_is_planned_is_allocated() {
         default.clone(),
         ExecutorOptions { max_slots: 5, prefill_chunk: 37, max_context: Some(300), ..default.clone() },
         ExecutorOptions { deterministic: true, decode_loop: DecodeLoop::Device, ..default.clone() },
+        ExecutorOptions { quantize: true, prefill_chunk: 37, ..default.clone() },
         ExecutorOptions { pages: None, kv_memory: Some(5 << 20), graphs: false, ..default },
     ];
     for options in cases {
-        let frontend = Frontend::open(Path::new(modulo::FOLDER), &ThinkingChoice::Auto).unwrap();
+        let mut frontend = Frontend::open(Path::new(modulo::FOLDER), &ThinkingChoice::Auto).unwrap();
         let checkpoint = Checkpoint::open(Path::new(modulo::FOLDER)).unwrap();
+        frontend.config.weight_types = Weights::from(&checkpoint).types(&frontend.config, options.quantize).unwrap();
         let device = Device::host(HostOptions::default());
         let plan = MemoryPlan::new(&device, &frontend.config, &options).unwrap();
         let engine = Engine::new(frontend, (&checkpoint).into(), &device, &options, &mut |_, _| {}).unwrap();

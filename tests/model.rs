@@ -12,6 +12,7 @@ use ponder::config::ModelConfig;
 use ponder::device::Device;
 use ponder::executor::{BUCKETS, Executor, ExecutorOptions};
 use ponder::frontend::Request;
+use ponder::model::Weights;
 use ponder::sampling::SamplingRequest;
 use ponder::thinking::ThinkingChoice;
 use ponder::tokenizer::Tokenizer;
@@ -72,6 +73,8 @@ impl Runner {
     ) -> Runner {
         let max_context = Some(config.max_position_embeddings.min(512) as u32);
         let options = ExecutorOptions { max_context, pages: Some(16), ..options };
+        let weight_types = Weights::from(checkpoint).types(&config, options.quantize).unwrap();
+        let config = ModelConfig { weight_types, ..config };
         let traits = tokenizer.traits();
         let executor = Executor::new(device, &config, checkpoint.into(), &traits, &options, &mut |_, _| {}).unwrap();
         let request = SamplingRequest { temperature: Some(0.0), ignore_eos: true, ..Default::default() };

@@ -12,7 +12,8 @@ use crate::device::{Buffer, Device, Launch};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS, TRAIT_REAL};
 use crate::kv_cache::KvCache;
 use crate::ops::{
-    self, Epilogue, Heads, Input, KvScales, KvType, Linear, Norm, Output, RopeInto, Rows, Tiles, Tokens, Workspace,
+    self, Epilogue, Heads, Input, KvScales, KvType, Linear, Norm, Operand, Output, Quantised, RopeInto, Rows, Scales,
+    Tiles, Tokens, Workspace,
 };
 use crate::slots::Slots;
 use crate::tiles::{ChunkRows, prefill_tiles};
@@ -147,6 +148,10 @@ const SHAPES: [Shape; 6] = [
     shape("qwen2.5-32b", 5120, 27648, (40, 8, 128), 152_064, true, &FULL),
 ];
 
+/// Products of fp8 weights.
+const GEMM_FP8: &str = "gemm_fp8";
+const GEMV_FP8: &str = "gemv_fp8";
+
 /// Products of square matrices, which everybody quotes.
 const SQUARE: &str = "square";
 const SQUARES: [u32; 2] = [4096, 8192];
@@ -212,7 +217,9 @@ pub fn run(device: &Device, options: &Options, progress: &mut dyn FnMut(&[Measur
     if wanted(SQUARE) {
         bench.model = SQUARE;
         for n in SQUARES {
-            bench.gemm("product", n, n, false, Epilogue::Plain, &[n])?;
+            for op in ["gemm", GEMM_FP8] {
+                bench.gemm(op, "product", n, n, false, Epilogue::Plain, &[n])?;
+            }
         }
     }
     if bench.results.is_empty() {
@@ -280,47 +287,66 @@ impl Bench<'_> {
             ("down", s.hidden, s.intermediate, false, Epilogue::Residual),
         ];
         for (name, n, k, bias, epilogue) in matrices {
-            self.gemm(name, n, k, bias, epilogue, s.sizes.prefill_rows)?;
-            self.gemv(name, n, k, bias, s)?;
+            for op in ["gemm", GEMM_FP8] {
+                self.gemm(op, name, n, k, bias, epilogue, s.sizes.prefill_rows)?;
+            }
+            for op in ["gemv", GEMV_FP8] {
+                self.gemv(op, name, n, k, bias, s)?;
+            }
         }
         if s.name.starts_with("tiny") {
             // What models with norms of q and k do, none of which is among the shapes.
-            self.gemv("qkv_plain", qkv, s.hidden, s.qkv_bias, s)?;
+            for op in ["gemv", GEMV_FP8] {
+                self.gemv(op, "qkv_plain", qkv, s.hidden, s.qkv_bias, s)?;
+            }
         }
-        self.gemv("head", s.vocab, s.hidden, false, s)
+        self.gemv("gemv", "head", s.vocab, s.hidden, false, s)
     }
 
-    fn gemm(&mut self, name: &'static str, n: u32, k: u32, bias: bool, epilogue: Epilogue, rows: &[u32]) -> Result<()> {
-        let wanted = self.wanted("gemm", name, rows.iter().map(|&rows| [("rows", rows), ("n", n), ("k", k)]));
+    #[allow(clippy::too_many_arguments)]
+    fn gemm(
+        &mut self,
+        op: &'static str,
+        name: &'static str,
+        n: u32,
+        k: u32,
+        bias: bool,
+        epilogue: Epilogue,
+        rows: &[u32],
+    ) -> Result<()> {
+        let wanted = self.wanted(op, name, rows.iter().map(|&rows| [("rows", rows), ("n", n), ("k", k)]));
         let Some(most) = wanted.iter().map(|shape| shape[0].1).max() else { return Ok(()) };
-        let w = self.linear(n, k, bias)?;
+        let w = self.linear(n, k, bias, op == GEMM_FP8)?;
         let x = self.random(most as usize * k as usize, 1.0)?;
         let out = self.random(most as usize * n as usize, 1.0)?;
+        let quantised = Quantised::new(self.device, most, k as usize)?;
+        self.device.launch(&ops::quantise(&x, k as usize, most, &quantised))?;
+        let x = if op == GEMM_FP8 { Operand::Fp8(&quantised) } else { Operand::Bf16(&x) };
         for shape in wanted {
             let rows = shape[0].1;
             if !self.options.all_tiles {
-                let launch = ops::gemm(self.device, &x, &w, rows, epilogue, &out)?;
-                self.measure("gemm", name, &shape, &launch)?;
+                let launch = ops::gemm(self.device, x, &w, rows, epilogue, &out)?;
+                self.measure(op, name, &shape, &launch)?;
                 continue;
             }
-            for &(columns, _) in ops::gemm_kernels(epilogue, bias, false) {
+            for &(columns, _) in ops::gemm_kernels(epilogue, bias, w.is_fp8()) {
                 for cluster in if rows > TILE_ROWS { 1..=2 } else { 1..=1 } {
                     let tiling = Tiling { columns, cluster };
-                    let launch = ops::gemm_tiled(self.device, &x, &w, rows, epilogue, &out, tiling)?;
-                    self.measure("gemm", name, &shape, &launch)?;
+                    let launch = ops::gemm_tiled(self.device, x, &w, rows, epilogue, &out, tiling)?;
+                    self.measure(op, name, &shape, &launch)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn gemv(&mut self, name: &'static str, n: u32, k: u32, bias: bool, s: &Shape) -> Result<()> {
+    fn gemv(&mut self, op: &'static str, name: &'static str, n: u32, k: u32, bias: bool, s: &Shape) -> Result<()> {
         let rows = s.sizes.decode_rows.iter();
-        let wanted = self.wanted("gemv", name, rows.map(|&rows| [("rows", rows), ("n", n), ("k", k)]));
+        let wanted = self.wanted(op, name, rows.map(|&rows| [("rows", rows), ("n", n), ("k", k)]));
         if wanted.is_empty() {
             return Ok(());
         }
-        let w = self.linear(n, k, bias)?;
+        let w = self.linear(n, k, bias, op == GEMV_FP8)?;
         let x = self.random((MAX_DECODE_ROWS * k) as usize, 1.0)?;
         let out = self.random((MAX_DECODE_ROWS * n) as usize * 2, 1.0)?;
         let norm = Norm { weight: self.random(k as usize, 1.0)?.into(), eps: 1e-6 };
@@ -339,7 +365,7 @@ impl Bench<'_> {
                 _ => (Input::Plain(&x), Output::Residual(&out)),
             };
             let launch = ops::gemv(self.device, input, &w, count, output, &workspace)?;
-            self.measure("gemv", name, &shape, &launch)?;
+            self.measure(op, name, &shape, &launch)?;
         }
         Ok(())
     }
@@ -419,6 +445,20 @@ impl Bench<'_> {
             let out = self.device.alloc(count as usize * hidden * 2)?;
             self.measure("norm", "norm", &shape, &ops::rms_norm(&x, &norm, None, count, &out))?;
         }
+        for (name, k) in [("norm_fp8", s.hidden), ("quantise", s.intermediate)] {
+            for shape in
+                self.wanted("norm", name, s.sizes.prefill_rows.iter().map(|&rows| [("rows", rows), ("hidden", k)]))
+            {
+                let (count, k) = (shape[0].1, k as usize);
+                let x = self.random(count as usize * k, 1.0)?;
+                let out = Quantised::new(self.device, count, k)?;
+                let launch = match name {
+                    "quantise" => ops::quantise(&x, k, count, &out),
+                    _ => ops::rms_norm_fp8(&x, &norm, count, &out),
+                };
+                self.measure("norm", name, &shape, &launch)?;
+            }
+        }
         let heads = [("q_heads", s.heads.query), ("kv_heads", s.heads.kv), ("head_dim", s.heads.dim)];
         let shapes = rows.iter().map(|&rows| [&[("rows", rows)], &heads[..]].concat());
         for shape in self.wanted("rope", "rope", shapes) {
@@ -438,6 +478,12 @@ impl Bench<'_> {
         for shape in self.wanted("random", "weights", [[("count", count)]]) {
             let out = self.device.alloc(count as usize * 2)?;
             self.measure("random", "weights", &shape, &ops::random(self.device, &out, count as usize, 1, 0.02))?;
+        }
+        for shape in self.wanted("random", "quantise", [[("count", count)]]) {
+            let (n, k) = (s.intermediate as usize, s.hidden as usize);
+            let w = self.random(n * k, 0.02)?;
+            let (out, scales) = (self.device.alloc(n * k)?, self.device.alloc(n * 4)?);
+            self.measure("random", "quantise", &shape, &ops::quantise_weight(&w, n, k, &out, &scales))?;
         }
         Ok(())
     }
@@ -481,10 +527,16 @@ impl Bench<'_> {
         Ok(buffer)
     }
 
-    fn linear(&mut self, n: u32, k: u32, bias: bool) -> Result<Linear> {
-        let weight = self.random(n as usize * k as usize, 0.02)?;
+    fn linear(&mut self, n: u32, k: u32, bias: bool, fp8: bool) -> Result<Linear> {
         let bias = if bias { Some(self.random(n as usize, 0.02)?.into()) } else { None };
-        Linear::new(self.device, Arc::new(weight), bias, n as usize, k as usize)
+        let (n, k) = (n as usize, k as usize);
+        let weight = self.random(n * k, 0.02)?;
+        if !fp8 {
+            return Linear::new(self.device, Arc::new(weight), bias, n, k);
+        }
+        let (out, scales) = (self.device.alloc(n * k)?, self.device.alloc(n * 4)?);
+        self.device.launch(&ops::quantise_weight(&weight, n, k, &out, &scales))?;
+        Linear::fp8(self.device, Arc::new(out), Scales::Rows(Arc::new(scales)), bias, n, k)
     }
 
     /// Active slots 1 to `count`, which never end.
@@ -582,6 +634,8 @@ impl Bench<'_> {
         }
         times.sort_by(f64::total_cmp);
         let median = percentile(&times, 50.0);
+        // Tensor cores multiply e4m3 twice as fast.
+        let bf16_flops = if [GEMM_FP8, GEMV_FP8].contains(&op) { launch.flops / 2 } else { launch.flops };
         let us = Microseconds {
             median: median * 1e6,
             min: times[0] * 1e6,
@@ -600,7 +654,7 @@ impl Bench<'_> {
             flops: launch.flops,
             gb_per_s: launch.bytes as f64 / median / 1e9,
             tflop_per_s: launch.flops as f64 / median / 1e12,
-            roofline_percent: Roofline::of(self.device).map(|r| r.percent(launch.bytes, launch.flops, median)),
+            roofline_percent: Roofline::of(self.device).map(|r| r.percent(launch.bytes, bf16_flops, median)),
         };
         self.results.push(measurement);
         (self.progress)(&self.results)

@@ -175,8 +175,11 @@ impl Outcome {
         };
         let (prefilled, seconds) = (median(prefilled), median(whole));
         let tokens = load.requests as u64 * output;
-        // decode_weight_bytes is of bf16.
-        let weights = model::decode_weight_bytes(config) * roofline.map_or(2, |r| r.element_bytes) / 2;
+        let weights = match roofline {
+            // Of a simulated GPU whose fp8 the model does not know of.
+            Some(r) if r.element_bytes == 1 && !config.is_fp8() => model::decode_weight_bytes(config) / 2,
+            _ => model::decode_weight_bytes(config),
+        };
         let keys = rows.min(load.requests) as u64 * (input + output / 2);
         let step_bytes = weights + model::key_bytes(config, kv_type, keys);
         let prompts = load.requests as u64 * model::prefill_flops(config, input);

@@ -195,6 +195,7 @@ fn measure(schema: &'static str, what: &str, requests: u32, args: &LoadArgs) -> 
         max_context: Some(length),
         pages: Some(rows * (length.div_ceil(PAGE_TOKENS) + 1)),
         kv_type: super::kv_type(&args.model),
+        quantize: args.model.quantize.is_some(),
         graphs: !args.model.no_graphs,
         prefill_chunk: args.model.prefill_chunk,
         decode_loop: super::decode_loop(&args.model),

@@ -89,6 +89,7 @@ fn options(args: &ModelArgs) -> ExecutorOptions {
         pages: args.kv_pages,
         kv_memory: args.kv_memory,
         kv_type: kv_type(&args.source),
+        quantize: args.source.quantize.is_some(),
         memory_utilization: args.gpu_memory_utilization,
         graphs: !args.source.no_graphs,
         prefill_chunk: args.source.prefill_chunk,

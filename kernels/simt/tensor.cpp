@@ -294,12 +294,20 @@ static void execute(Wgmma& op, const uint8_t* window) {
   op.executed = true;
 }
 
+struct E4m3Numbers {
+  float of[256];
+  E4m3Numbers() {
+    for (int i = 0; i < 256; i++) of[i] = e4m3_to_float(i);
+  }
+};
+static const E4m3Numbers e4m3_numbers;
+
 // One half of the 32 k of an operand in e4m3, which lie where 16 of a 16-bit type would: [rows][16], or transposed [16][rows].
 static void fetch_half(const Operand& o, int half, int rows, bool transposed, float* out) {
   const int along = transposed ? 1 : 16, across = transposed ? rows : 1;
   each_chunk(o, rows, [&](int i, int k, uint32_t at) {
     if (k / 8 != half) return;
-    for (int e = 0; e < 16; e++) out[i * along + e * across] = e4m3_to_float(o.window[at + e]);
+    for (int e = 0; e < 16; e++) out[i * along + e * across] = e4m3_numbers.of[o.window[at + e]];
   });
 }
 
