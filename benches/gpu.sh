@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one run of ten minutes: the tests on the device, compute-sanitizer on small shapes, every
-# kernel and whole models beside torch, and a profile of the main kernels. Needs no Rust: `make gpu-bundle` elsewhere, copy the
+# kernel and whole models beside torch, logits of a 7B beside transformers', and a profile of the main kernels. Needs no Rust: `make gpu-bundle` elsewhere, copy the
 # repository with target/gpu-bundle/, then
 #     OUT=results benches/gpu.sh [PART...]
 # It always ends with $OUT/gpu.json and a short table (benches/report.py): a part that fails or hangs stops no other. A part that
@@ -107,6 +107,14 @@ run_budget() {
     "$bundle/ponder" bench budget models/modulo --device "$device" --n-ignore $ignored --json "$OUT/budget.json"
 }
 
+# The same tokens through transformers, with random weights of a real size; they go once they have served.
+run_agreement() {
+    local weights=target/agreement model=benches/models/qwen2.5-7b lengths=()
+    [ "$TEST_DEVICE" != host ] || model=models/modulo lengths=(--input-tokens 96 --output-tokens 12)
+    "$PYTHON" models/golden/agreement.py "$model" --weights $weights --ponder "$bundle/ponder" --device "$TEST_DEVICE" \
+        "${lengths[@]}" --json "$OUT/agreement.json" && rm -rf $weights
+}
+
 # One launch of each main kernel on a big shape: how busy each unit is, and what the warps wait for.
 run_profile() {
     [ "$TEST_DEVICE" = host ] || command -v ncu >/dev/null || skip "no ncu"
@@ -137,7 +145,7 @@ run_profile() {
     done
     return $result
 }
-export -f skip run_tests sanitize run_kernels run_tiles run_yardsticks lengths model torch_model run_budget run_profile
+export -f skip run_tests sanitize run_kernels run_tiles run_yardsticks lengths model torch_model run_budget run_agreement run_profile
 
 # ---- running them, the most valuable first ----
 
@@ -154,6 +162,7 @@ part yardsticks 60 run_yardsticks
 for folder in "${models[@]}"; do part "$(basename "$folder")" $((90 / ${#models[@]})) "model $folder"; done
 for folder in "${models[@]}"; do part "torch-$(basename "$folder")" $((80 / ${#models[@]})) "torch_model $folder"; done
 part budget 15 run_budget
+part agreement 90 run_agreement
 part profile 50 run_profile
 part tiles 20 run_tiles
 

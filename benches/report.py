@@ -2,8 +2,8 @@
 
     python3 benches/report.py OUT PART... [--results FOLDER]
 
-Reads OUT/PART.part (status, seconds), kernels.json, tiles.json, yardsticks.json, budget.json, latency-*, throughput-* and
-torch-*.json and profile-*.csv, whichever are there and whole; writes OUT/gpu.json. With --results it is copied to
+Reads OUT/PART.part (status, seconds), kernels.json, tiles.json, yardsticks.json, budget.json, agreement.json, latency-*,
+throughput-* and torch-*.json and profile-*.csv, whichever are there and whole; writes OUT/gpu.json. With --results it is copied to
 FOLDER/<date>-<device>.json if every part has passed. The exit code is 1 if a part has failed. Needs Python alone.
 """
 
@@ -173,6 +173,15 @@ def budget_lines(measurements):
     return lines
 
 
+def agreement_lines(results):
+    return [
+        f"{name}, {phase}: {100 * s['same_token']:.2f} % the same token of {s['places']}, regret {s['mean_regret']:.4f} mean,"
+        f" {s['p99_regret']:.4f} p99, largest error {s['largest_error']:.3f}"
+        for name, phases in results.items()
+        for phase, s in phases.items()
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
@@ -188,6 +197,7 @@ def main():
     reports = {p.stem: read_json(p) for kind in ("latency", "throughput", "torch") for p in sorted(out.glob(f"{kind}-*.json"))}
     models = {name: report for name, report in reports.items() if report}
     budget = (read_json(out / "budget.json") or {}).get("results", [])
+    agreement = read_json(out / "agreement.json")
     profiles = {p.stem.removeprefix("profile-"): read_profile(p) for p in sorted(out.glob("profile-*.csv"))}
     device = read_device(out)
     parts = read_parts(out, args.parts)
@@ -205,6 +215,7 @@ def main():
         "tiles": tiles,
         "models": models,
         "budget": budget,
+        "agreement": agreement,
         "profiles": {name: profile for name, profile in profiles.items() if profile},
     }
     text = json.dumps(result, indent=1) + "\n"
@@ -215,7 +226,7 @@ def main():
         print(f"{part['name']:<28} {part['status']:<40} {part['seconds']:>5} s")
     # Times of the host target compare with nothing.
     summary = against_yardsticks(kernels) + tile_lines(kernels, tiles) if result["roofline"] else []
-    for lines in (model_lines(models), budget_lines(budget), summary, table(kernels) if kernels else []):
+    for lines in (model_lines(models), budget_lines(budget), agreement_lines((agreement or {}).get("results", {})), summary, table(kernels) if kernels else []):
         if lines:
             print("", *lines, sep="\n")
 

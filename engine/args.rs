@@ -58,6 +58,9 @@ pub struct GenerateArgs {
     /// Report the log probability of each token and of the K most likely ones.
     #[arg(long, value_name = "K", requires = "json")]
     pub logprobs: Option<u32>,
+    /// The same for each token of the prompt but the first.
+    #[arg(long, value_name = "K", requires = "json")]
+    pub prompt_logprobs: Option<u32>,
     /// Print one JSON object at the end instead of text.
     #[arg(long)]
     pub json: bool,

@@ -226,8 +226,8 @@ impl Checkpoint {
         if metadata.len() == 0 {
             return Err(Error::model(path, "an empty file is not safetensors: is it truncated?"));
         }
-        // SAFETY: the map is read only. Whoever truncates the file while we read it ends the process by SIGBUS; that is the
-        // price of not copying the weights, as for every engine that maps them.
+        // SAFETY: the map is read only. Whoever truncates the file ends the process by SIGBUS if we touch what is gone, as every
+        // program that maps files; `read` finds out before, unless it happens in between.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         let (data_start, tensors) = parse_file(&map).map_err(|problem| Error::model(path, problem))?;
         let shard = self.shards.len();
@@ -340,13 +340,16 @@ impl Checkpoint {
     /// Reads these bytes of a tensor from the disk, many pages at a time, where touching them would read few.
     ///
     /// # Errors
-    /// The disk's; a file that has been truncated since it was opened.
+    /// Pages that cannot be had, as of a file that has been truncated since it was opened.
     pub fn read(&self, bytes: &[u8]) -> Result<()> {
         let (shard, offset) = self.shard_of(bytes);
         let advise = |advice| shard.map.advise_range(advice, offset, bytes.len());
         match advise(Advice::WillNeed).and_then(|()| advise(Advice::PopulateRead)) {
             // A system that does not know the advice reads the pages when they are touched.
-            Err(e) if e.kind() != std::io::ErrorKind::InvalidInput => Err(Error::io(&shard.path, e)),
+            Err(e) if e.kind() != std::io::ErrorKind::InvalidInput => {
+                let problem = format!("{} bytes cannot be read: has it been truncated? ({e})", bytes.len());
+                Err(Error::model(&shard.path, problem))
+            }
             _ => Ok(()),
         }
     }
@@ -443,19 +446,19 @@ pub fn parse_header(json: &[u8], data_bytes: usize) -> std::result::Result<Vec<(
     }
     let mut order: Vec<usize> = (0..tensors.len()).collect();
     order.sort_by_key(|&i| (tensors[i].1.begin, tensors[i].1.end));
-    let mut at = 0;
+    let (mut at, mut before) = (0, "");
     for &i in &order {
         let (name, info) = &tensors[i];
         if info.begin < at {
+            let begin = info.begin;
             return Err(format!(
-                "tensor {name:?} overlaps another: it begins at byte {}, which is taken up to {at}",
-                info.begin
+                "tensor {name:?} overlaps {before:?}: it begins at byte {begin}, which is taken up to {at}"
             ));
         }
         if info.begin > at {
             return Err(format!("bytes {at} to {} before tensor {name:?} belong to no tensor", info.begin));
         }
-        at = info.end;
+        (at, before) = (info.end, name);
     }
     if at != data_bytes {
         return Err(format!("the tensors end at byte {at} of {data_bytes} bytes of data"));

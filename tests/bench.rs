@@ -257,6 +257,21 @@ fn perplexity_is_hugging_faces() {
 }
 
 #[test]
+fn weights_alone_are_loaded() {
+    let (line, json) = bench("load", &["load", crate::modulo::FOLDER]);
+    assert_eq!(json["schema"], "ponder-bench-load");
+    let results = &json["results"];
+    let file = std::fs::metadata(format!("{}/model.safetensors", crate::modulo::FOLDER)).unwrap().len() as f64;
+    let bytes = number(&results["bytes"]);
+    assert!(bytes < file && file < 1.01 * bytes, "{bytes} of {file}: all but the header");
+    assert!((number(&results["bytes_per_second"]) * number(&results["seconds"]) / bytes - 1.0).abs() < 1e-6);
+    assert!(number(&results["peak_resident_bytes"]) > bytes);
+    assert!(line.contains("GB/s"), "{line}");
+    let output = ponder(&["bench", "load", "benches/models/qwen2.5-7b"], b"");
+    assert!(output.status.code() == Some(2) && String::from_utf8_lossy(&output.stderr).contains("model.safetensors"));
+}
+
+#[test]
 fn every_token_is_judged_once() {
     use ponder::bench::perplexity::windows;
     for tokens in 2..60 {

@@ -191,6 +191,7 @@ fn bad_requests_are_refused() {
     bad(&["hi", "--allowed-ids", "1,600"], &["allowed", "600"]);
     bad(&["hi", "--json", "--logprobs", "21"], &["logprobs", "20"]);
     bad(&["hi", "--logprobs", "2"], &["--json"]);
+    bad(&["hi", "--prompt-logprobs", "2"], &["--json"]);
     bad(&["hi", "--max-tokens", "0"], &["--max-tokens"]);
     bad(&["hi", "--min-tokens", "9", "--max-tokens", "8"], &["min_tokens"]);
     bad(&["hi", "--stop", ""], &["stop"]);
@@ -234,6 +235,7 @@ fn json_has_its_fields() {
         "reasoning",
         "answer",
         "logprobs",
+        "prompt_logprobs",
         "finish_reason",
         "usage",
         "thinking",
@@ -253,8 +255,23 @@ fn json_has_its_fields() {
         let values: Vec<f64> = top.iter().map(|t| t["logprob"].as_f64().unwrap()).collect();
         assert!(values[0] <= 0.0 && values.is_sorted_by(|a, b| a >= b), "{values:?}");
     }
+    assert_eq!(object["prompt_logprobs"], Value::Null);
     let without = generate_json(&[QUESTION, "--max-tokens", "2", "--thinking", "none"]);
     assert_eq!([&without["logprobs"], &without["thinking"], &without["reasoning"]], [&Value::Null; 3]);
+    // What was drawn is scored alike as part of a prompt, but for how decode and prefill round.
+    let list = |object: &Value, fields: &[&str]| -> Vec<u64> {
+        let all = fields.iter().flat_map(|field| object[field].as_array().unwrap());
+        all.map(|id| id.as_u64().unwrap()).collect()
+    };
+    let ids: Vec<String> = list(&object, &["prompt_ids", "token_ids"]).iter().map(u64::to_string).collect();
+    let scored = ["--prompt-ids", &ids.join(","), "--max-tokens", "1", "--prompt-logprobs", "3"];
+    let scored = generate_json(&scored)["prompt_logprobs"].as_array().unwrap().clone();
+    assert_eq!(scored.len(), prompt + 5);
+    for (one, drawn) in scored[prompt - 1..].iter().zip(logprobs) {
+        assert_eq!((&one["id"], one["top"].as_array().unwrap().len()), (&drawn["id"], 3));
+        let difference = one["logprob"].as_f64().unwrap() - drawn["logprob"].as_f64().unwrap();
+        assert!(difference.abs() < 0.1, "{one} {drawn}");
+    }
 }
 
 /// A question by any road is the same question.

@@ -86,7 +86,6 @@ fn child() {
         "uploads" => {
             const THREADS: usize = 3;
             const ROUNDS: usize = 20;
-            let byte = |thread: usize, round: usize| (thread * ROUNDS + round) as u8;
             let buffer = device.alloc(1 + THREADS * ROUNDS * 50).unwrap();
             device.fill(&buffer, 0, 1, 99).unwrap();
             std::thread::scope(|scope| {

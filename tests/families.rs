@@ -5,6 +5,7 @@
 use crate::devices::devices;
 use crate::loading::refused;
 use crate::model::{Runner, serving, worst};
+use crate::random::Random;
 use crate::reference::{e4m3_to_f64, round_e4m3};
 use half::{bf16, f16};
 use ponder::checkpoint::{Checkpoint, Dtype, parse_file};
@@ -331,4 +332,68 @@ fn other_element_types_and_shards_give_the_same_bits() {
         (exact.to_bits() + noise).to_le_bytes().to_vec()
     });
     assert!(logits(&half) == reference, "fp16");
+}
+
+/// Matrices that are loaded in several pieces, against plain loops: a layer whose attention adds nothing, and one token.
+#[test]
+fn matrices_larger_than_a_piece() {
+    const HIDDEN: usize = 1024;
+    const INNER: usize = 4160;
+    let mut config = Golden::load("llama").config;
+    config["num_hidden_layers"] = json!(1);
+    config["hidden_size"] = json!(HIDDEN);
+    config["intermediate_size"] = json!(INNER);
+    let vocab = config["vocab_size"].as_u64().unwrap() as usize;
+    let number = |name: &str| config[name].as_u64().unwrap() as usize;
+    let dim = number("head_dim");
+    let (q, kv) = (number("num_attention_heads") * dim, number("num_key_value_heads") * dim);
+    let mut random = Random(5);
+    let (mut header, mut data) = (Map::new(), Vec::new());
+    let mut tensor = |name: &str, shape: &[usize], mean: f32, deviation: f32| -> Vec<f64> {
+        let count = shape.iter().product();
+        // Evenly distributed.
+        let mut next = || 3f32.sqrt() * (random.below(1 << 16) as f32 / f32::from(1u16 << 15) - 1.0);
+        let numbers: Vec<bf16> = (0..count).map(|_| bf16::from_f32(mean + deviation * next())).collect();
+        let begin = data.len();
+        data.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
+        header.insert(name.into(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [begin, data.len()]}));
+        numbers.iter().map(|x| x.to_f64()).collect()
+    };
+    let embedding = tensor("model.embed_tokens.weight", &[vocab, HIDDEN], 0.0, 0.5);
+    let of_width = (HIDDEN as f32).powf(-0.5);
+    for (which, rows) in [("q", q), ("k", kv), ("v", kv)] {
+        tensor(&format!("model.layers.0.self_attn.{which}_proj.weight"), &[rows, HIDDEN], 0.0, of_width);
+    }
+    tensor("model.layers.0.self_attn.o_proj.weight", &[HIDDEN, q], 0.0, 0.0);
+    tensor("model.layers.0.input_layernorm.weight", &[HIDDEN], 1.0, 0.0);
+    let norm = tensor("model.layers.0.post_attention_layernorm.weight", &[HIDDEN], 1.0, 0.2);
+    let gate = tensor("model.layers.0.mlp.gate_proj.weight", &[INNER, HIDDEN], 0.0, of_width);
+    let up = tensor("model.layers.0.mlp.up_proj.weight", &[INNER, HIDDEN], 0.0, of_width);
+    let down = tensor("model.layers.0.mlp.down_proj.weight", &[HIDDEN, INNER], 0.0, (INNER as f32).powf(-0.5));
+    let last_norm = tensor("model.norm.weight", &[HIDDEN], 1.0, 0.2);
+    let head = tensor("lm_head.weight", &[vocab, HIDDEN], 0.0, 4.0 * of_width);
+
+    const TOKEN: usize = 77;
+    let times = |matrix: &[f64], x: &[f64]| -> Vec<f64> {
+        matrix.chunks(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+    };
+    let normed = |x: &[f64], weight: &[f64]| -> Vec<f64> {
+        let scale = (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + 1e-6).powf(-0.5);
+        x.iter().zip(weight).map(|(x, w)| x * w * scale).collect()
+    };
+    let x = &embedding[TOKEN * HIDDEN..][..HIDDEN];
+    let n = normed(x, &norm);
+    let inner: Vec<f64> =
+        times(&gate, &n).iter().zip(times(&up, &n)).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+    let sum: Vec<f64> = x.iter().zip(times(&down, &inner)).map(|(x, y)| x + y).collect();
+    let truth: Vec<f32> = times(&head, &normed(&sum, &last_norm)).iter().map(|&x| x as f32).collect();
+
+    let folder = Folder::new("pieces");
+    let header = Value::Object(header).to_string();
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
+    std::fs::write(folder.0.join("model.safetensors"), bytes).unwrap();
+    let golden = Golden { config, ..Golden::load("llama") };
+    let (_, logits) = golden.runner(&folder).prefill(&[TOKEN as u32], 512, 1);
+    let error = worst(&logits, &truth);
+    assert!(error <= TOLERANCE.0, "logits are off by {error}");
 }

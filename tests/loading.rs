@@ -5,12 +5,16 @@ use crate::random::Random;
 use ponder::chat::{ChatTemplate, Message};
 use ponder::checkpoint::{Checkpoint, Dtype, parse_header, parse_index};
 use ponder::config::{Architecture, ModelConfig};
+use ponder::device::Device;
+use ponder::device::host::HostOptions;
 use ponder::hub;
+use ponder::model::Model;
 use ponder::rope::{Rope, Scaling};
 use ponder::thinking::{Delimiters, PROFILES, Profile, ThinkingChoice};
 use ponder::tokenizer::{Detokenizer, Tokenizer};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const MODEL: &str = "models/modulo";
 
@@ -343,6 +347,175 @@ fn links_that_lead_nowhere() {
     let checkpoint = Checkpoint::open(&folder.0).unwrap();
     assert_eq!(checkpoint.tensor("a", &[4]).unwrap().bytes, b"1234");
     refused(checkpoint.weights("a", &[4]), &["\"a\"", "U8", "bf16"]);
+}
+
+/// A tiny model of models/golden, to be damaged.
+struct Damaged {
+    folder: Folder,
+    config: Value,
+    header: Map<String, Value>,
+    data: Vec<u8>,
+}
+
+impl Damaged {
+    fn new(model: &str) -> Damaged {
+        let golden = Path::new("models/golden");
+        let mut json: Value =
+            serde_json::from_slice(&std::fs::read(golden.join(format!("{model}.json"))).unwrap()).unwrap();
+        let weights = json["weights"].as_str().unwrap_or(model);
+        let file = std::fs::read(golden.join(format!("{weights}.safetensors"))).unwrap();
+        let start = 8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
+        let header = serde_json::from_slice(&file[8..start]).unwrap();
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let folder = Folder::new(&format!("damaged-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+        Damaged { folder, config: json["config"].take(), header, data: file[start..].to_vec() }
+    }
+
+    /// What the header says of a tensor.
+    fn says(&mut self, tensor: &str, field: &str, value: Value) {
+        self.header[tensor][field] = value;
+    }
+
+    fn file(&self) -> Vec<u8> {
+        safetensors(&Value::Object(self.header.clone()).to_string(), &self.data)
+    }
+
+    /// Its only file.
+    fn write(&self) {
+        self.folder.write("model.safetensors", self.file());
+    }
+
+    /// As two shards that have all tensors, and an index that looks for all in "1.safetensors" but for `other`.
+    fn write_shards(&self, other: &str, of_other: &str) {
+        let of = |name: &String| (name.clone(), json!(if name == other { of_other } else { "1.safetensors" }));
+        let map: Map<String, Value> = self.header.keys().filter(|name| *name != "__metadata__").map(of).collect();
+        self.folder.write("model.safetensors.index.json", json!({"weight_map": map}).to_string());
+        self.folder.write("1.safetensors", self.file());
+    }
+
+    fn load(&self) -> ponder::Result<()> {
+        let checkpoint = Checkpoint::open(&self.folder.0)?;
+        self.load_opened(&checkpoint)
+    }
+
+    fn load_opened(&self, checkpoint: &Checkpoint) -> ponder::Result<()> {
+        let path = Path::new("config.json");
+        let config = ModelConfig::parse(self.config.to_string().as_bytes(), path, None, path).unwrap();
+        let device = Device::host(HostOptions::default());
+        Model::load(&device, &config, checkpoint.into(), 64, &mut |_, _| {}).map(|_| ())
+    }
+}
+
+/// From the folder to the device: whatever is wrong is an error that names file and tensor; nothing panics, hangs or is loaded.
+#[test]
+fn damaged_checkpoints_are_refused() {
+    use std::os::unix::fs::symlink;
+    const TENSOR: &str = "model.layers.1.mlp.down_proj.weight";
+    const OTHER: &str = "model.layers.0.self_attn.q_proj.weight";
+    const FILE: &str = "model.safetensors";
+    const INDEX: &str = "model.safetensors.index.json";
+    let whole = Damaged::new("llama");
+    whole.write();
+    whole.load().unwrap();
+
+    // What the index says, and what is behind the names.
+    for outside in ["../1.safetensors", "/tmp/1.safetensors", "x/1.safetensors", "..", ""] {
+        let model = Damaged::new("llama");
+        model.write_shards(TENSOR, outside);
+        refused(model.load(), &[INDEX, TENSOR, &format!("{outside:?}")]);
+    }
+    let model = Damaged::new("llama");
+    model.write_shards(TENSOR, "2.safetensors");
+    refused(model.load(), &["2.safetensors", "No such file"]);
+    symlink("2.safetensors", model.folder.0.join("2.safetensors")).unwrap();
+    refused(model.load(), &["2.safetensors", "symbolic links"]);
+    std::fs::remove_file(model.folder.0.join("2.safetensors")).unwrap();
+    std::fs::create_dir(model.folder.0.join("2.safetensors")).unwrap();
+    refused(model.load(), &["2.safetensors", "not a file"]);
+    let model = Damaged::new("llama");
+    symlink(INDEX, model.folder.0.join(INDEX)).unwrap();
+    refused(model.load(), &[INDEX, "symbolic links"]);
+    let model = Damaged::new("llama");
+    model.write_shards(TENSOR, "2.safetensors");
+    model.folder.write("2.safetensors", model.file());
+    refused(model.load(), &["2.safetensors", "another shard"]);
+    let model = Damaged::new("llama");
+    model.write_shards("of nobody", "");
+    let index = std::fs::read_to_string(model.folder.0.join(INDEX)).unwrap();
+    model.folder.write(INDEX, index.replace(TENSOR, "of.another.name"));
+    refused(model.load(), &[INDEX, "\"of.another.name\"", "1.safetensors"]);
+
+    // What a header says of one tensor.
+    let lies: &[(&str, Value, &[&str])] = &[
+        ("dtype", json!("F32"), &["does not fill"]),
+        ("dtype", json!("U8"), &["does not fill"]),
+        ("dtype", json!("I16"), &["is I16", "bf16, fp16 and fp32"]),
+        ("dtype", json!("F4"), &["F4"]),
+        ("shape", json!([128, 64]), &["[128, 64]", "does not fill"]),
+        ("shape", json!([64, 256]), &["[64, 256]", "[128, 128]"]),
+        ("shape", json!([128, 128, 1]), &["[128, 128, 1]", "[128, 128]"]),
+        ("shape", json!([u64::MAX, u64::MAX]), &["does not fill"]),
+        ("shape", json!([1u64 << 63, 2, 128]), &["does not fill"]),
+        ("shape", json!([-128, -128]), &["shape"]),
+        ("data_offsets", json!([0, u64::MAX]), &["not within"]),
+        ("data_offsets", json!([u64::MAX, 0]), &["not within"]),
+        ("data_offsets", json!([0, 32768]), &["overlaps"]),
+    ];
+    for (field, value, words) in lies {
+        let mut model = Damaged::new("llama");
+        model.says(TENSOR, field, value.clone());
+        model.write();
+        refused(model.load(), &[&[FILE, TENSOR], *words].concat());
+    }
+    // Bytes where numbers of two are needed, and as many as it says.
+    let mut model = Damaged::new("llama");
+    let end = model.data.len();
+    model.header.retain(|name, _| name != TENSOR);
+    model.header.insert(TENSOR.into(), json!({"dtype": "U8", "shape": [128, 128], "data_offsets": [end, end + 16384]}));
+    model.data.extend([0; 16384]);
+    model.write();
+    refused(model.load(), &[FILE, "belong to no tensor"]);
+    let begin = whole.header[TENSOR]["data_offsets"][0].clone();
+    model.header.insert(
+        "filler".into(),
+        json!({"dtype": "U8", "shape": [32768], "data_offsets": [begin, begin.as_u64().unwrap() + 32768]}),
+    );
+    model.write();
+    refused(model.load(), &[FILE, TENSOR, "is U8", "bf16, fp16 and fp32"]);
+    let mut model = Damaged::new("llama");
+    model.header.retain(|name, _| name != "lm_head.weight");
+    let text = Value::Object(model.header.clone()).to_string().replace(OTHER, TENSOR);
+    model.folder.write(FILE, safetensors(&text, &model.data));
+    refused(model.load(), &[FILE, TENSOR, "twice"]);
+
+    // Files that end too early, before they are opened and after.
+    let file = whole.file();
+    for length in [0, 7, 8, 100, file.len() / 2, file.len() - 1] {
+        whole.folder.write(FILE, &file[..length]);
+        refused(whole.load(), &[FILE]);
+    }
+    whole.write();
+    let checkpoint = Checkpoint::open(&whole.folder.0).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(whole.folder.0.join(FILE))
+        .unwrap()
+        .set_len(file.len() as u64 / 2)
+        .unwrap();
+    refused(whole.load_opened(&checkpoint), &[FILE, "truncated"]);
+
+    // Weights of fp8.
+    let mut model = Damaged::new("fp8-channel");
+    let begin = model.header[OTHER]["data_offsets"][0].as_u64().unwrap() as usize;
+    model.data[begin + 300] = 0x7f;
+    model.write();
+    refused(model.load(), &[FILE, OTHER]);
+    let mut model = Damaged::new("fp8-channel");
+    let scale = format!("{OTHER}_scale");
+    let taken = model.header.shift_remove(&scale).expect("a scale");
+    model.header.insert("filler".into(), taken);
+    model.write();
+    refused(model.load(), &[FILE, OTHER]);
 }
 
 // ---- the hub's cache ----

@@ -20,6 +20,9 @@ const BUDGET: &str = r#"{"results": [{"n_ignore": 2, "tokens": 90, "calls": 4,
     "calls_alone": {"seconds": 3.0, "prefilled_tokens": 150},
     "calls_with_prefix_cache": {"seconds": 2.5, "prefilled_tokens": 90}}]}"#;
 
+const AGREEMENT: &str = r#"{"results": {"ours against float32": {"decode": {"places": 7, "same_token": 0.9, "mean_regret": 0.01,
+    "p99_regret": 0.2, "largest_regret": 0.3, "largest_error": 0.4}}}}"#;
+
 /// The folder of a rehearsal: stand-ins, which write down how they are called, and results. Removed when dropped.
 struct Rehearsal(PathBuf);
 
@@ -84,6 +87,7 @@ case $kind in latency) {latency} ;; budget) echo '{BUDGET}' >\"$json\" ;; kernel
     let python = format!(
         "case $1 in
 *yardsticks.py) echo '{YARDSTICKS}' >\"${{@: -1}}\" ;;
+*agreement.py) echo '{AGREEMENT}' >\"${{@: -1}}\" ;;
 *transformers_decode.py) echo 'skipped: no torch'; exit 77 ;;
 *) exec python3 \"$@\" ;;
 esac"
@@ -96,12 +100,13 @@ esac"
     assert_eq!(status(&report, "racecheck"), "failed (exit code 9)");
     assert_eq!(status(&report, "modulo"), "failed (exit code 3)");
     assert_eq!(status(&report, "torch-modulo"), "skipped: no torch");
-    for part in ["memcheck", "synccheck", "kernels", "yardsticks", "budget", "profile"] {
+    for part in ["memcheck", "synccheck", "kernels", "yardsticks", "budget", "agreement", "profile"] {
         assert_eq!(status(&report, part), "passed", "{part}");
     }
     assert_eq!(report["kernels"][0]["yardsticks"][0]["yardstick"], "cublas");
     assert_eq!(report["kernels"][0]["ratio"], 1.5);
     assert_eq!(report["budget"][0]["calls"], 4);
+    assert_eq!(report["agreement"]["results"]["ours against float32"]["decode"]["mean_regret"], 0.01);
     assert!(calls.iter().filter(|c| c.starts_with("ponder bench kernels")).count() > 5, "{calls:?}");
 
     // Again: what has passed is not repeated, and the report still has it.
@@ -122,9 +127,10 @@ esac"
 
 #[test]
 fn the_python_is_python() {
-    let scripts = fs::read_dir("benches").unwrap().map(|entry| entry.unwrap().path());
+    let folders = ["benches", "models/golden"].map(|folder| fs::read_dir(folder).unwrap());
+    let scripts = folders.into_iter().flatten().map(|entry| entry.unwrap().path());
     let scripts: Vec<PathBuf> = scripts.filter(|path| path.extension().is_some_and(|e| e == "py")).collect();
-    assert!(scripts.len() >= 3);
+    assert!(scripts.len() >= 7);
     let parse = "import ast, sys\nfor path in sys.argv[1:]: ast.parse(open(path).read(), path)";
     let output = Command::new("python3").args(["-c", parse]).args(&scripts).output().expect("python3");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -3,7 +3,6 @@
 use super::output::{self, Meter, Printer};
 use super::profile;
 use crate::args::GenerateArgs;
-use crate::batch::TokenEvent;
 use crate::chat::Message;
 use crate::executor::ExecutorOptions;
 use crate::frontend::Frontend;
@@ -17,6 +16,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut request = args.request.request();
     request.prompt = prompt(args, &frontend)?;
     request.sampling.logprobs = args.logprobs;
+    request.sampling.prompt_logprobs = args.prompt_logprobs;
     // The context may turn out shorter; all else that is wrong with the request is said before the weights load.
     frontend.accept(&request, 0, frontend.config.max_position_embeddings as u32)?;
 
@@ -35,7 +35,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let thinks = engine.frontend.delimiters.is_some();
     if args.json {
-        return printer.write(&format!("{:#}\n", json(&request.prompt, &meter, thinks, args.logprobs.is_some())));
+        return printer.write(&format!("{:#}\n", json(args, &request.prompt, &meter, thinks)));
     }
     printer.end_line()?;
     eprintln!("{}", meter.report(thinks));
@@ -76,12 +76,18 @@ fn prompt(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<u32>> {
 }
 
 /// The object that `--json` prints.
-fn json(prompt: &[u32], meter: &Meter, thinks: bool, logprobs: bool) -> Value {
+fn json(args: &GenerateArgs, prompt: &[u32], meter: &Meter, thinks: bool) -> Value {
     let answer = &meter.answer;
     let (speed, last) = (meter.speed(), answer.tokens.last());
-    let logprob = |token: &TokenEvent| {
-        let top: Vec<Value> = token.top.iter().map(|(id, l)| json!({"id": id, "logprob": l})).collect();
-        json!({"id": token.token, "logprob": token.logprob, "top": top})
+    let logprob = |id: u32, logprob: f32, top: &[(u32, f32)]| {
+        let top: Vec<Value> = top.iter().map(|(id, l)| json!({"id": id, "logprob": l})).collect();
+        json!({"id": id, "logprob": logprob, "top": top})
+    };
+    let of_answer = || answer.tokens.iter().map(|t| logprob(t.token, t.logprob, &t.top)).collect::<Vec<_>>();
+    // They come with the first token.
+    let of_prompt = || {
+        let scores = answer.tokens.iter().flat_map(|t| &t.prompt);
+        scores.map(|score| logprob(score.token, score.logprob, &score.top)).collect::<Vec<_>>()
     };
     let thinking = last.filter(|_| thinks).map(output::thinking);
     json!({
@@ -90,7 +96,8 @@ fn json(prompt: &[u32], meter: &Meter, thinks: bool, logprobs: bool) -> Value {
         "text": answer.text(),
         "reasoning": thinks.then(|| answer.channel(Channel::Reasoning)),
         "answer": answer.channel(Channel::Answer),
-        "logprobs": logprobs.then(|| answer.tokens.iter().map(logprob).collect::<Vec<_>>()),
+        "logprobs": args.logprobs.map(|_| of_answer()),
+        "prompt_logprobs": args.prompt_logprobs.map(|_| of_prompt()),
         "finish_reason": answer.finish.map(FinishReason::name),
         "usage": {
             "prompt_tokens": prompt.len(),

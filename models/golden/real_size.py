@@ -2,9 +2,9 @@
 
     python3 models/golden/real_size.py benches/models/qwen2.5-7b FOLDER
 
-FOLDER gets config.json, safetensors files of at most 4 GB (bf16) and their index, the same bytes on every machine; no tokenizer.
-Deviations are those of golden.py, made independent of the model's width: activations stay near 1, and so the logits say
-whether a kernel is right at this size (benches/agreement.py).
+FOLDER gets config.json, safetensors files of at most 4 GiB (bf16), their index, and a tokenizer whose words are the numbers of the
+tokens. Deviations are those of golden.py, made independent of the model's width: activations stay near 1, so that the logits say
+whether a kernel is right at this size (agreement.py).
 
 Needs numpy; not needed to build or test.
 """
@@ -107,10 +107,24 @@ def write(folder, config):
                 ]
                 for _ in pool.map(make, work):
                     pass
+    words = {str(i): i for i in range(config["vocab_size"])}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer) + "\n")
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # The last of all: where it is, all is.
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
     (folder / "model.safetensors.index.json").write_text(text + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return total
 
 
