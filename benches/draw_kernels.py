@@ -180,6 +180,16 @@ def norm(axes):
                    "loaded before the kernel before has ended. Decode has no such launch: its products normalise what they read.")
 
 
+def unfused(axes):
+    rows_to_blocks(axes, "The work: 16 neighbouring columns to a thread",
+                   [(text, COLOURS[i]) for i, text in enumerate(["add_residual: a product's result, bf16", "and the residual stream, in place", "silu_mul: gate, 8 columns of 16, fp32", "and up, the other 8"])],
+                   "128 threads: 2048 columns",
+                   [("add_residual", [(1, "pdl_wait", WAIT), (1.6, "columns i and i + 8", LOAD), (1.4, "add, round", MATH), (1.5, "squares of 64", MATH), (1.2, "store", STORE)]),
+                    ("silu_mul", [(1, "pdl_wait", WAIT), (1.6, "8 of gate, 8 of up", LOAD), (1.4, "silu(gate) · up", MATH), (1.2, "store", STORE)])],
+                   "What products of decode do before they write, as kernels of their own: for ponder study ablation.\n"
+                   "Rounding and the order of sums are the fused epilogue's, so no bit of the answer changes.")
+
+
 def embed(axes):
     rows_to_blocks(axes, "The work: rows of a step, a block for each",
                    [(f"row {i}: which token, at which position?", COLOURS[i]) for i in range(4)], "block {}: gathers a row of the table",
@@ -221,6 +231,7 @@ def decode_loop(axes):
 
 KERNELS = {
     "embed": (embed, ["embed"]),
+    "unfused": (unfused, ["add_residual", "silu_mul"]),
     "norm": (norm, ["rms_norm"]),
     "rope": (rope, ["rope_append"]),
     "gemm": (gemm, ["gemm"]),

@@ -154,7 +154,20 @@ fn every_kernel_is_measured() {
         let rate = |key, per_second: f64| assert!((number(&r[key]) - per_second).abs() <= per_second * 1e-6, "{r}");
         rate("gb_per_s", number(&r["bytes"]) / seconds / 1e9);
         rate("tflop_per_s", number(&r["flops"]) / seconds / 1e12);
-        let ops = ["gemm", "gemv", "attn_prefill", "attn_decode", "sample", "norm", "embed", "rope", "random"];
+        let ops = [
+            "gemm",
+            "gemv",
+            "gemm_fp8",
+            "gemv_fp8",
+            "attn_prefill",
+            "attn_decode",
+            "sample",
+            "norm",
+            "embed",
+            "rope",
+            "random",
+            "unfused",
+        ];
         assert!(ops.contains(&r["op"].as_str().unwrap()), "{r}");
         let line = table.lines().filter(|l| l.contains(r["kernel"].as_str().unwrap()));
         assert!(line.count() > 0, "not in the table: {r}");

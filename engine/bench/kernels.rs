@@ -29,7 +29,7 @@ pub struct Measurement {
     /// What the kernel is for: qkv, down, head, prefill, ...
     pub name: &'static str,
     pub model: &'static str,
-    /// gemm, gemv, attn_prefill, attn_decode, sample, norm, embed, rope or random.
+    /// gemm, gemv, attn_prefill, attn_decode, sample, norm, embed, rope, random or unfused.
     pub op: &'static str,
     pub kernel: &'static str,
     /// Blocks in a cluster.
@@ -295,10 +295,15 @@ impl Bench<'_> {
             }
         }
         if s.name.starts_with("tiny") {
-            // What models with norms of q and k do, none of which is among the shapes.
+            // What models with norms of q and k do, none of which is among the shapes; and what only an ablation does.
             for op in ["gemv", GEMV_FP8] {
                 self.gemv(op, "qkv_plain", qkv, s.hidden, s.qkv_bias, s)?;
             }
+            self.gemv("gemv", "plain", qkv, s.hidden, s.qkv_bias, s)?;
+            self.gemv("gemv", "rope", qkv, s.hidden, s.qkv_bias, s)?;
+            self.gemv("gemv", "silu", 2 * s.intermediate, s.hidden, false, s)?;
+            self.gemv("gemv", "gate_up_f32", 2 * s.intermediate, s.hidden, false, s)?;
+            self.unfused(s)?;
         }
         self.gemv("gemv", "head", s.vocab, s.hidden, false, s)
     }
@@ -360,12 +365,39 @@ impl Bench<'_> {
             let (input, output) = match name {
                 "qkv" => (Input::Normed(&x, &norm), Output::Rope(&into)),
                 "qkv_plain" => (Input::Normed(&x, &norm), Output::Matrix(&out)),
+                "plain" => (Input::Plain(&x), Output::Matrix(&out)),
+                "rope" => (Input::Plain(&x), Output::Rope(&into)),
                 "gate_up" => (Input::Normed(&x, &norm), Output::Silu(&out)),
+                "silu" => (Input::Plain(&x), Output::Silu(&out)),
+                "gate_up_f32" => (Input::Normed(&x, &norm), Output::Logits(&out)),
                 "head" => (Input::Plain(&x), Output::Logits(&out)),
                 _ => (Input::Plain(&x), Output::Residual(&out)),
             };
             let launch = ops::gemv(self.device, input, &w, count, output, &workspace)?;
             self.measure(op, name, &shape, &launch)?;
+        }
+        Ok(())
+    }
+
+    /// What an ablation takes out of the products of decode.
+    fn unfused(&mut self, s: &Shape) -> Result<()> {
+        let (hidden, inner, most) = (s.hidden as usize, s.intermediate as usize, MAX_DECODE_ROWS as usize);
+        let (x, out) = (self.random(most * hidden, 1.0)?, self.random(most * hidden.max(inner), 1.0)?);
+        let gate_up = self.random_f32(most * 2 * inner, 1.0)?;
+        let norm = Norm { weight: self.random(hidden, 1.0)?, eps: 1e-6 };
+        let workspace = Workspace::new(self.device, 1, hidden, s.heads, None)?;
+        let shapes = |key, columns| s.sizes.decode_rows.iter().map(move |&rows| [("rows", rows), (key, columns)]);
+        for shape in self.wanted("unfused", "norm", shapes("hidden", s.hidden)) {
+            let launch = ops::rms_norm_summed(&x, &norm, shape[0].1, &out, &workspace);
+            self.measure("unfused", "norm", &shape, &launch)?;
+        }
+        for shape in self.wanted("unfused", "residual", shapes("hidden", s.hidden)) {
+            let launch = ops::add_residual(&x, &out, shape[0].1, hidden, &workspace);
+            self.measure("unfused", "residual", &shape, &launch)?;
+        }
+        for shape in self.wanted("unfused", "silu", shapes("inner", s.intermediate)) {
+            let launch = ops::silu_mul(&gate_up, shape[0].1, inner, &out);
+            self.measure("unfused", "silu", &shape, &launch)?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use crate::engine::{Engine, RequestId};
 use crate::executor::{DecodeLoop, ExecutorOptions, KernelCost, Techniques};
 use crate::frontend::{Frontend, Request};
 use crate::kernels::params::{MAX_DECODE_ROWS, PAGE_TOKENS};
-use crate::model::Weights;
+use crate::model::{Fusion, Weights};
 use crate::sampling::SamplingRequest;
 use crate::{Error, Result};
 use indicatif::ProgressBar;
@@ -136,7 +136,8 @@ pub fn run(subject: &Subject, folder: &Folder, bar: &ProgressBar) -> Result<Resu
     let (mut journal, known) = Journal::open::<Cost>(&folder.path("answers.jsonl"), &settings)?;
     let mut known: BTreeMap<String, Cost> = known.into_iter().map(|cost| (cost.name.clone(), cost)).collect();
     let simulated = device.simulated().is_some();
-    let config = ModelConfig::load(subject.folder)?;
+    let mut config = ModelConfig::load(subject.folder)?;
+    config.weight_types = subject.weights().types(&config, false)?;
     let variants: Vec<Variant> = variants(work, &config).into_iter().filter(|v| v.simulated || !simulated).collect();
     bar.set_length(variants.len() as u64);
     let mut costs = Vec::<Cost>::new();
@@ -204,13 +205,21 @@ fn variants(work: &Work, config: &ModelConfig) -> Vec<Variant> {
         NO_PACKED_GQA => config.num_heads > config.num_kv_heads,
         _ => true,
     };
-    all.into_iter().filter(can_be_turned_off).collect()
+    // Products of fp8 weights are fused with the rotation or not; with the others always.
+    let has_kernels = |v: &Variant| {
+        let Fusion { norm, residual, silu, .. } = v.options.techniques.fusion;
+        !config.is_fp8() || (norm && residual && silu)
+    };
+    all.into_iter().filter(|v| can_be_turned_off(v) && has_kernels(v)).collect()
 }
 
 impl Subject<'_> {
+    fn weights(&self) -> Weights<'_> {
+        self.checkpoint.map_or(Weights::Dummy, Weights::Checkpoint)
+    }
+
     fn engine(&self, options: &ExecutorOptions) -> Result<Engine> {
-        let weights = self.checkpoint.map_or(Weights::Dummy, Weights::Checkpoint);
-        Engine::new(Frontend::without_text(self.folder)?, weights, self.device, options, &mut |_, _| {})
+        Engine::new(Frontend::without_text(self.folder)?, self.weights(), self.device, options, &mut |_, _| {})
     }
 
     /// All requests, submitted together.
@@ -360,9 +369,7 @@ fn markdown(report: &Report<Results>, work: &Work, device: &Device) -> String {
     let base = &r.variants[0];
     let mut text = format!(
         "# What acceleration techniques do for {}\n\n{} requests of {} prompt tokens, of which {} are the same, and {} output tokens; \
-         seed {}. Device: {}. Commit: {}. {}.\n\n![techniques](techniques.png)\n\n\
-         | | kernels | launches by the host | MB | GFLOP | ms | a decode step: kernels | MB | us | same tokens |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n",
+         seed {}. Device: {}. Commit: {}. {}.\n\n![techniques](techniques.png)\n\n",
         r.model,
         work.requests,
         work.input_tokens,
@@ -377,27 +384,38 @@ fn markdown(report: &Report<Results>, work: &Work, device: &Device) -> String {
         (Some(value), Some(base)) => format!("{value:.digits$}{}", change(value, base)),
         _ => "-".into(),
     };
-    for v in &r.variants {
-        // Not counted where no kernel runs.
-        let counted = |of: &dyn Fn(&Cost) -> f64, digits| {
-            let of = |cost: &Cost| (cost.kernels > 0).then(|| of(cost));
-            cell(of(v), of(base), digits)
-        };
-        let of_step =
-            |of: &dyn Fn(Share) -> f64, digits| cell(v.step_total().map(of), base.step_total().map(of), digits);
-        let cells = [
-            v.name.clone(),
-            counted(&|c| c.kernels as f64, 0),
-            counted(&|c| c.launch_calls as f64, 0),
-            counted(&|c| c.bytes as f64 / 1e6, 2),
-            counted(&|c| c.flops as f64 / 1e9, 3),
-            cell(v.seconds.map(|s| s * 1e3), base.seconds.map(|s| s * 1e3), 3),
-            of_step(&|s| s.launches as f64, 0),
-            of_step(&|s| s.bytes as f64 / 1e6, 3),
-            of_step(&|s| s.seconds * 1e6, 3),
-            if v.same_tokens { "yes".into() } else { "**no**".into() },
-        ];
+    let column = |name: &str, digits, of: &dyn Fn(&Cost) -> Option<f64>| -> Vec<String> {
+        let cells = r.variants.iter().map(|v| cell(of(v), of(base), digits));
+        std::iter::once(name.to_string()).chain(cells).collect()
+    };
+    // Not counted where no kernel runs.
+    let counted = |name: &str, digits, of: &dyn Fn(&Cost) -> f64| {
+        column(name, digits, &|cost| (cost.kernels > 0).then(|| of(cost)))
+    };
+    let of_step =
+        |name: &str, digits, of: &dyn Fn(Share) -> f64| column(name, digits, &|cost| cost.step_total().map(of));
+    let first = |name: &str, of: &dyn Fn(&Cost) -> String| -> Vec<String> {
+        std::iter::once(name.to_string()).chain(r.variants.iter().map(of)).collect()
+    };
+    let mut columns = vec![
+        first("", &|cost| cost.name.clone()),
+        counted("kernels", 0, &|cost| cost.kernels as f64),
+        counted("launches by the host", 0, &|cost| cost.launch_calls as f64),
+        counted("MB", 2, &|cost| cost.bytes as f64 / 1e6),
+        counted("GFLOP", 3, &|cost| cost.flops as f64 / 1e9),
+        column("ms", 3, &|cost| cost.seconds.map(|s| s * 1e3)),
+        of_step("a decode step: kernels", 0, &|step| step.launches as f64),
+        of_step("MB of it", 3, &|step| step.bytes as f64 / 1e6),
+        of_step("us of it", 3, &|step| step.seconds * 1e6),
+        first("same tokens", &|cost| if cost.same_tokens { "yes".into() } else { "**no**".into() }),
+    ];
+    columns.retain(|column| column[1..].iter().any(|cell| cell != "-"));
+    for line in 0..=r.variants.len() {
+        let cells: Vec<&str> = columns.iter().map(|column| column[line].as_str()).collect();
         let _ = writeln!(text, "| {} |", cells.join(" | "));
+        if line == 0 {
+            let _ = writeln!(text, "|{}", "---|".repeat(columns.len()));
+        }
     }
     text += match (device.is_host(), device.simulated().is_some()) {
         (true, _) => {

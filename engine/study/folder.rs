@@ -39,7 +39,11 @@ impl Folder {
 }
 
 /// A file of entries that only grows.
-pub struct Journal(File);
+pub struct Journal {
+    file: File,
+    /// Written before the first entry: a study that fails before it knows anything leaves its folder to one with other settings.
+    settings: Option<Value>,
+}
 
 impl Journal {
     /// Opens or begins it; what is in it already. A last line that was cut short is removed.
@@ -70,17 +74,15 @@ impl Journal {
         }
         file.set_len(bytes).map_err(Error::Output)?;
         file.seek(SeekFrom::End(0)).map_err(Error::Output)?;
-        let mut journal = Journal(file);
-        if number == 0 {
-            journal.append(settings)?;
-        }
-        Ok((journal, entries))
+        let settings = (number == 0).then(|| settings.clone());
+        Ok((Journal { file, settings }, entries))
     }
 
     /// # Errors
     /// A file that cannot be written.
     pub fn append<Entry: Serialize>(&mut self, entry: &Entry) -> Result<()> {
         let line = serde_json::to_string(entry).expect("plain data") + "\n";
-        self.0.write_all(line.as_bytes()).map_err(Error::Output)
+        let head = self.settings.take().map(|settings| settings.to_string() + "\n").unwrap_or_default();
+        self.file.write_all((head + &line).as_bytes()).map_err(Error::Output)
     }
 }

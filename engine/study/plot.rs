@@ -11,7 +11,7 @@ use std::sync::Once;
 
 const SIZE: (u32, u32) = (960, 600);
 /// The first seven can be told apart by the colour-blind (Okabe and Ito).
-const COLORS: [RGBColor; 10] = [
+const COLORS: [RGBColor; 11] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -22,11 +22,16 @@ const COLORS: [RGBColor; 10] = [
     RGBColor(130, 130, 130),
     RGBColor(120, 70, 20),
     RGBColor(140, 140, 0),
+    RGBColor(110, 60, 170),
 ];
 /// Beside a chart of several series.
 const LEGEND_WIDTH: u32 = 360;
+/// Beside bars.
+const BAR_NAMES: u32 = 190;
+/// Width of a character beside a bar, about.
+const BAR_LABEL_CHARACTER: f64 = 7.0;
 
-/// Points joined by lines; of one series alone with their error bars and labels.
+/// Points, those of a curve joined by lines; of one series alone with their error bars and labels.
 pub struct Chart {
     pub title: String,
     pub x: String,
@@ -40,6 +45,8 @@ pub struct Chart {
 
 pub struct Series {
     pub name: String,
+    /// Points of one parameter that grows, not of things that differ in kind.
+    pub is_curve: bool,
     pub points: Vec<ChartPoint>,
 }
 
@@ -199,7 +206,9 @@ fn draw_chart<Backend: DrawingBackend>(area: &DrawingArea<Backend, Shift>, chart
     for (i, (series, color)) in chart.series.iter().zip(COLORS.iter().cycle().copied()).enumerate() {
         let mut points: Vec<&ChartPoint> = series.points.iter().filter(visible).collect();
         points.sort_by(|a, b| a.x.total_cmp(&b.x));
-        canvas.draw_series(LineSeries::new(points.iter().map(|p| (p.x, p.y)), color.stroke_width(2)))?;
+        if series.is_curve {
+            canvas.draw_series(LineSeries::new(points.iter().map(|p| (p.x, p.y)), color.stroke_width(2)))?;
+        }
         canvas.draw_series(points.iter().map(|p| Circle::new((p.x, p.y), 4, color.filled())))?;
         let text = |size| ("sans-serif", size).into_text_style(area).color(&color);
         if several {
@@ -222,14 +231,19 @@ fn draw_waterfall<Backend: DrawingBackend>(area: &DrawingArea<Backend, Shift>, w
     let low = w.bars.iter().map(|b| b.1.min(b.2)).fold(0.0, f64::min);
     let high = w.bars.iter().map(|b| b.1.max(b.2)).fold(1e-9, f64::max);
     let rows = w.bars.len().max(1) as f64;
+    // So that what is written beside a bar ends within the picture.
+    let room = |(_, from, to, label): &(String, f64, f64, String)| {
+        let written = (label.chars().count() as f64 * BAR_LABEL_CHARACTER + 12.0) / f64::from(SIZE.0 - BAR_NAMES - 28);
+        (from.max(*to) - low) / (high - low) / (1.0 - written.min(0.9))
+    };
+    let room = w.bars.iter().map(room).fold(1.0, f64::max);
     let mut canvas = ChartBuilder::on(area)
         .caption(&w.title, ("sans-serif", 24))
         .margin(14)
         .x_label_area_size(48)
-        .y_label_area_size(250)
-        // Room for what is written beside the longest bar.
+        .y_label_area_size(BAR_NAMES)
         .build_cartesian_2d(
-            Axis { low, high: low + (high - low) * 1.3, log: false },
+            Axis { low, high: low + (high - low) * room, log: false },
             Axis { low: 0.0, high: rows, log: false },
         )?;
     canvas

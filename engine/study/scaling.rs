@@ -602,7 +602,8 @@ fn plots(results: &Results, folder: &Folder) -> Result<()> {
             error: row.accuracy_interval.map(|i| (i.low, i.high)),
             label: row.label.clone(),
         });
-        Series { name: sweep.name.clone(), points: points.collect() }
+        let is_curve = !matches!(sweep.kind, SweepKind::String | SweepKind::Technique | SweepKind::Class);
+        Series { name: sweep.name.clone(), is_curve, points: points.collect() }
     };
     let chart = |title: String, series| Chart {
         title,
