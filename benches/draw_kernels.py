@@ -180,6 +180,15 @@ def norm(axes):
                    "loaded before the kernel before has ended. Decode has no such launch: its products normalise what they read.")
 
 
+def quantise(axes):
+    rows_to_blocks(axes, "The work: 1024 neighbours of a row to a block, 8 to a thread",
+                   [(text, COLOURS[i]) for i, text in enumerate(["row 0: k 0 to 1023, bf16", "row 0: k 1024 to 2047", "row 1: k 0 to 1023", "row 1: k 1024 to 2047"])],
+                   "128 threads: 8 groups of 128 that share a scale",
+                   [("16 lanes", [(1, "pdl_wait", WAIT), (1.4, "8 values each", LOAD), (1.6, "largest of the 128", MATH), (1.5, "times 448 / largest", MATH), (1.2, "e4m3, scale", STORE)])],
+                   "quantise_weight is the same for a whole row, once, when weights are loaded (--quantize fp8): a block for each row,\n"
+                   "which is read twice. In decode nobody is launched for this: products quantise what they read.")
+
+
 def unfused(axes):
     rows_to_blocks(axes, "The work: 16 neighbouring columns to a thread",
                    [(text, COLOURS[i]) for i, text in enumerate(["add_residual: a product's result, bf16", "and the residual stream, in place", "silu_mul: gate, 8 columns of 16, fp32", "and up, the other 8"])],
@@ -233,6 +242,7 @@ KERNELS = {
     "embed": (embed, ["embed"]),
     "unfused": (unfused, ["add_residual", "silu_mul"]),
     "norm": (norm, ["rms_norm"]),
+    "quantise": (quantise, ["quantise"]),
     "rope": (rope, ["rope_append"]),
     "gemm": (gemm, ["gemm"]),
     "gemv": (gemv, ["gemv"]),

@@ -31,19 +31,21 @@ POWER = 820e12  # FLOP/s that 700 W pay for on random data: nobody's product of 
 LATENCY = 0.8  # us from a read of HBM to its data, with all others reading, too
 LAUNCH = 2.2  # us between two events around a kernel that does nothing
 MERGE = 1.2  # us to write parts, take a ticket, read them and sum them up
-TENSOR = 2048  # bf16 multiply-adds a clock and processor
+TENSOR = 2048  # bf16 multiply-adds a clock and processor; twice as many of e4m3
+POWER_FP8 = 1550e12  # what DeepGEMM reaches with e4m3 on an H800
 ISSUE = 4  # warp instructions a clock and processor
 EXPONENTIALS = 16  # a clock and processor
 # Of the softmax, the part that does not hide behind the tensor cores. FlashAttention 3, the same design, reaches 620 TFLOP/s at
 # d 128 and 16k causal: about 3,080 clocks for a tile of 128 x 128 whose products need 2,048. Were its loop as long as ours was
 # when this was written, 552 instructions, that would leave this.
 EXPOSED = 0.93
-PRODUCTS = ("HGMMA", "HMMA")
+PRODUCTS = ("HGMMA", "QGMMA", "HMMA")
 # What no way through a loop may leave out.
 WORK = (*PRODUCTS, "MUFU")
 CONVERT = 11  # instructions that a lane spends on 8 numbers of e4m3, to make them f16
 BARRIER = 0.9  # us: a barrier of a cluster of eight, with the reduction before it
 PUBLISH = 1.5  # us: a record to host memory, a fence, a ticket
+QUANTISE = 300  # clocks: barriers, shared memory and products that a step of a decode product of fp8 waits for
 LOGIT = 8  # instructions that a pass of the sampler spends on a logit
 COUNT = 6  # clocks of a warp's atomics on 100 counters in shared memory: two or three lanes meet
 
@@ -209,6 +211,10 @@ def memory(case):
 
 def gemm(case, loop, tiling):
     rows, n, k = (case["shape"][key] for key in ("rows", "n", "k"))
+    power = POWER
+    if case["op"] == "gemm_fp8":
+        # A stage is as many bytes, multiplied in as many clocks, of twice as much k.
+        k, power = k / 2, POWER_FP8
     columns, cluster = int(re.search(r"_n(\d+)", case["kernel"])[1]), case["cluster"]
     tile_rows = tiling["TILE_ROWS"]
     tiles = math.ceil(rows / (tile_rows * cluster)) * cluster * math.ceil(n / columns)
@@ -223,7 +229,7 @@ def gemm(case, loop, tiling):
     issue = 8 * loop["instructions"] / ISSUE if loop else 0
     step = max(tensor, loads, issue)
     clocks = tiling["START"] + waves * (math.ceil(k / stage) * step + result)
-    by_clock, by_power, by_memory = clocks / CLOCK * 1e6, case["flops"] / POWER * 1e6, memory(case) + LATENCY
+    by_clock, by_power, by_memory = clocks / CLOCK * 1e6, case["flops"] / power * 1e6, memory(case) + LATENCY
     us = LAUNCH + max(by_clock, by_power, by_memory)
     # Of the products that the chip could have made in these waves, those that were asked for.
     fill = rows * n / (waves * slots * tile_rows * columns)
@@ -238,9 +244,15 @@ def gemm(case, loop, tiling):
 
 
 def gemv(case, loop, tiling):
-    us = LAUNCH + LATENCY + memory(case) + MERGE
-    steps = math.ceil(case["shape"]["n"] / 64) * math.ceil(case["shape"]["k"] / 128)
+    fp8 = case["op"] == "gemv_fp8"
+    steps = math.ceil(case["shape"]["n"] / 64) * math.ceil(case["shape"]["k"] / (256 if fp8 else 128))
     share = math.ceil(steps / case["grid"])
+    # Those that quantise x issue their instructions before and behind the products, and not beside them: a step's latencies, too.
+    warps = case["threads"] // 32 - 1
+    quantise = share * (warps * loop["instructions"] / ISSUE + QUANTISE) / CLOCK * 1e6 if fp8 else 0
+    us = LAUNCH + LATENCY + max(memory(case), quantise) + MERGE
+    if quantise > memory(case):
+        return us, "issue", f"{share} steps of 16 KB a block, in each x is quantised"
     return us, "memory" if memory(case) > LAUNCH + LATENCY + MERGE else "latency", f"{share} steps of 16 KB a block; start and merge"
 
 
@@ -304,7 +316,7 @@ def rows(case, loop, tiling):
     return us, "memory" if memory(case) > LAUNCH + LATENCY else "latency", "a row is read once and written once"
 
 
-MODEL = {"gemm": gemm, "gemv": gemv, "attn_prefill": attn_prefill, "attn_decode": attn_decode, "sample": sample}
+MODEL = {"gemm": gemm, "gemv": gemv, "gemm_fp8": gemm, "gemv_fp8": gemv, "attn_prefill": attn_prefill, "attn_decode": attn_decode, "sample": sample}
 
 
 def is_case(kernel, case):
@@ -314,6 +326,7 @@ def is_case(kernel, case):
 
 def predict(case, use, loop, tiling):
     case["threads"] = use["threads"]
+    flops = case["flops"] / (2 if case["op"].endswith("_fp8") else 1)
     us, bound, why = MODEL.get(case["op"], rows)(case, loop, tiling)
     seconds = us * 1e-6
     del case["us"], case["roofline_percent"]
@@ -321,7 +334,7 @@ def predict(case, use, loop, tiling):
         "us": {"median": round(us, 2)},
         "gb_per_s": round(case["bytes"] / seconds / 1e9, 1),
         "tflop_per_s": round(case["flops"] / seconds / 1e12, 2),
-        "roofline_percent": round(100 * max(case["bytes"] / BYTES, case["flops"] / FLOPS) / seconds, 1),
+        "roofline_percent": round(100 * max(case["bytes"] / BYTES, flops / FLOPS) / seconds, 1),
         "bound": bound,
         "why": why,
         "yardsticks": [
@@ -341,10 +354,14 @@ def ring(kernel, shared_bytes):
     if kernel.startswith("gemm"):
         columns = int(re.search(r"_n(\d+)", kernel)[1])
         stage, result = (128 + columns) * 64 * 2, 128 * columns * (1 if "silu" in kernel else 2)
+        if "fp8" in kernel:
+            stage += (128 + columns // 8) * 4
         return min(int(of_family("gemm", "kMostStages")), (shared_bytes - 512 - result) // stage), stage
     if kernel.startswith("gemv"):
-        # "kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3"
+        # "kFp8 || kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3"
         numbers = [int(n) for n in re.findall(r"[?:] (\d+)", of_family("gemv", "int kStages"))]
+        if "fp8" in kernel:
+            return numbers[0], 64 * 256
         return numbers[max(0, int(kernel.rsplit("_m", 1)[1]).bit_length() - 5)], 64 * 128 * 2
     if kernel.startswith("attn"):
         family, dim = kernel.removesuffix("_fp8").rsplit("_d", 1)
@@ -383,6 +400,9 @@ predicted is what `ponder bench kernels` measures: one launch between two events
   engine/tiling.rs at {CLOCK / 1e9:.3f} GHz. Tiles are dealt in waves, so what counts is how much of the last wave is wanted ("wanted"
   below: results asked for, of those the waves could make). Never faster than {POWER / 1e12:.0f} TFLOP/s, which is what 700 W have been
   seen to pay for on random data, nor than memory. Where few processors have a tile, each gets up to 64 bytes a clock from L2.
+- **Products of fp8**: the same clocks for twice as much k; never faster than {POWER_FP8 / 1e12:.0f} TFLOP/s, what DeepGEMM gets of an H800. In decode a
+  step of 16 KB takes {QUANTISE} clocks and the instructions of its loop, or the time in which its bytes come, whichever is longer.
+  % of the roofline: of twice the FLOP/s.
 - **Attention of prompts**: for a tile of queries by 128 keys, the clocks of both products and of the softmax (its instructions, {ISSUE} a
   clock for the warps that work; at least the exponentials, {EXPONENTIALS} a clock): the longer of the two plus {EXPOSED} of the shorter. {EXPOSED} makes a loop of 552
   instructions as fast as FlashAttention 3, which is built the same, is known to be; a shorter loop is predicted to be faster. Work
@@ -413,7 +433,7 @@ Least certain: the exposed part of the softmax, the power limit (it depends on t
 Main loop: of the innermost loops with most matrix instructions the shortest, and in it the shortest way; per warp and iteration. Ring: copies
 that may be on their way at once, on one processor, which Little's law asks {BYTES * READABLE * LATENCY * 1e-6 / PROCESSORS / 1024:.0f} KB of.
 
-| kernel | registers | KB shared | blocks a processor | ring, KB | loop: instructions | HGMMA or HMMA | instructions for each | of these |
+| kernel | registers | KB shared | blocks a processor | ring, KB | loop: instructions | HGMMA, QGMMA or HMMA | instructions for each | of these |
 |---|---|---|---|---|---|---|---|---|
 """
     shared = {k["kernel"]: k["shared_bytes"] for k in kernels}
@@ -434,6 +454,8 @@ that may be on their way at once, on one processor, which Little's law asks {BYT
     titles = {
         "gemm": "Products of prompts",
         "gemv": "Products of decode",
+        "gemm_fp8": "Products of prompts, fp8",
+        "gemv_fp8": "Products of decode, fp8",
         "attn_prefill": "Attention of prompts",
         "attn_decode": "Attention of decode",
         "sample": "Sampling",
@@ -443,13 +465,13 @@ that may be on their way at once, on one processor, which Little's law asks {BYT
         "random": "Random weights",
     }
     for op, title in titles.items():
-        compute = op in ("gemm", "attn_prefill")
+        compute = op in ("gemm", "gemm_fp8", "attn_prefill")
         text += f"\n## {title}\n\n| model | for | shape | kernel | MB | GFLOP | us | {'TFLOP/s' if compute else 'GB/s'} | % roofline | bound | why |\n"
         text += "|---|---|---|---|---|---|---|---|---|---|---|\n"
         for k in kernels:
             if k["op"] != op or (op in ("norm", "rope", "embed") and k["shape"]["rows"] not in (1, 16, 2048, 8192)):
                 continue
-            kernel = k["kernel"] + (" in pairs" if op == "gemm" and k["cluster"] == 2 else "")
+            kernel = k["kernel"] + (" in pairs" if op in ("gemm", "gemm_fp8") and k["cluster"] == 2 else "")
             rate = f"{k['tflop_per_s']:.0f}" if compute else f"{k['gb_per_s']:.0f}"
             text += (
                 f"| {k['model']} | {k['name']} | {shape_text(k['shape'])} | {kernel} | {k['bytes'] / 1e6:.1f} | {k['flops'] / 1e9:.1f} |"

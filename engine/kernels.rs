@@ -225,6 +225,7 @@ pub mod planted {
         wgmma_n64: PlantedParams, PLANTED_THREADS;
         wgmma_n96: PlantedParams, PLANTED_THREADS;
         wgmma_n256: PlantedParams, PLANTED_THREADS;
+        wgmma_e4m3: PlantedParams, PLANTED_THREADS;
         cluster_exchange: PlantedParams, PLANTED_THREADS;
         cluster_arrivals: PlantedParams, PLANTED_THREADS;
         cp_async_copy: PlantedParams, PLANTED_THREADS;

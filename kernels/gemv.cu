@@ -223,14 +223,17 @@ DEVICE void quantise(const GemvParams& p, const Neighbours<kTokens>& n, const fl
   using Shape = GemvShape<kTokens, true>;
   const int box = lane_id() / kGroupLanes, inside = lane_id() % kGroupLanes;
   const bool within = (int)step * kStepBytes + lane_id() * 8 < p.k;
-  float norm[8];
-  if (kNorm) unpack8(n.norm, norm);
   UNROLL for (int i = 0; i < Neighbours<kTokens>::kCount; i++) {
     const int token = token_of<kTokens>(i), row = token % Shape::kColumns;
+    Bf16x8 x = n.x[i];
     float v[8];
-    unpack8(n.x[i], v);
+    unpack8(x, v);
     if (kNorm && within) {
-      UNROLL for (int j = 0; j < 8; j++) v[j] = round_bf16(round_bf16(v[j] * scale[token]) * norm[j]);
+      UNROLL for (int j = 0; j < 4; j++) {
+        const uint32_t scaled = pack_bf16x2(v[2 * j] * scale[token], v[2 * j + 1] * scale[token]);
+        x.pair[j] = multiply_bf16x2(scaled, n.norm.pair[j]);
+      }
+      unpack8(x, v);
     }
     const float most = group_max(largest(v));
     uint8_t* at =

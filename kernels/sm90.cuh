@@ -84,6 +84,12 @@ DEVICE uint16_t float_to_bf16(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
 }
+// mul.rn.bf16x2 (PTX 9.7.4.3): two products, each rounded once.
+DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
 // cvt.rn.f16x2 (PTX 9.7.9.22): the same to f16.
 DEVICE uint32_t pack_f16x2(float low, float high) {
   uint32_t y;

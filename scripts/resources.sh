@@ -1,7 +1,7 @@
 #!/bin/sh
 # resources.sh FOLDER: a table of what each kernel in FOLDER/*.cubin uses, read from the machine code. Per kernel: threads per
 # block, bytes of parameters, registers per thread, bytes of static shared memory and of stack; and how many instructions
-# it has that touch local memory (spills), multiply matrices (HGMMA is wgmma, HMMA is mma.sync), and copy in bulk (UTMALDG
+# it has that touch local memory (spills), multiply matrices (HGMMA is wgmma, QGMMA that of fp8, HMMA mma.sync), and copy in bulk (UTMALDG
 # is TMA by tensor map, UBLKCP without one). hidden: exponentials computed while a wgmma is in flight, that is from a wait
 # that leaves groups in flight to the next that leaves none (ptxas may sink them below it without a word).
 set -eu
@@ -34,11 +34,11 @@ done | awk '
     }
 
     END {
-        columns = "%-24s %7s %6s %9s %6s %5s %5s %5s %5s %7s %6s %6s\n"
-        printf columns, "kernel", "threads", "params", "registers", "shared", "stack", "local", "HGMMA", "HMMA", "UTMALDG", "UBLKCP", "hidden"
+        columns = "%-24s %7s %6s %9s %6s %5s %5s %5s %5s %5s %7s %6s %6s\n"
+        printf columns, "kernel", "threads", "params", "registers", "shared", "stack", "local", "HGMMA", "QGMMA", "HMMA", "UTMALDG", "UBLKCP", "hidden"
         fflush()
         for (k in kernels)
             printf columns, k, threads[k], params[k], used[k, "REG"], used[k, "SHARED"], used[k, "STACK"],
-                count[k, "LDL"] + count[k, "STL"], count[k, "HGMMA"] + 0, count[k, "HMMA"] + 0, count[k, "UTMALDG"] + 0,
+                count[k, "LDL"] + count[k, "STL"], count[k, "HGMMA"] + 0, count[k, "QGMMA"] + 0, count[k, "HMMA"] + 0, count[k, "UTMALDG"] + 0,
                 count[k, "UBLKCP"] + 0, hidden[k] + 0 | "LC_ALL=C sort"
     }'

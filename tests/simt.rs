@@ -4,6 +4,7 @@
 
 use crate::devices::{download, upload};
 use crate::random::Random;
+use crate::reference::e4m3_to_f64;
 use half::bf16;
 use ponder::device::host::{HostOptions, Order};
 use ponder::device::{Buffer, Device, Launch, TensorMapSpec};
@@ -548,6 +549,38 @@ fn wgmma_multiplies_what_its_descriptors_describe() {
                 let out = transform(&device, kernel, &registers, T * n / 2, params);
                 assert!(out.iter().map(|&x| f32::from_bits(x)).eq(truth.iter().copied()), "n {n}, mode {mode}");
             }
+        }
+    }
+}
+
+/// e4m3, and that its sums keep 14 bits.
+#[test]
+fn wgmma_of_e4m3_loses_what_hopper_loses() {
+    const K: usize = 128;
+    let mut random = Random(29);
+    // 0, 1/2, 1, -1, 2, 3: sums of 128 products are multiples of 1/4 below 2^11, which 13 bits hold.
+    let numbers = [0, 0x30, 0x38, 0xb8, 0x40, 0x44];
+    let mut numbers = |count: usize| (0..count).map(|_| numbers[random.below(6) as usize]).collect::<Vec<u8>>();
+    let (mut a, mut b) = (numbers(64 * K), numbers(16 * K));
+    // The last row and column: 448 * 448, and in another instruction 1, which is lost.
+    for last in [&mut a[63 * K..], &mut b[15 * K..]] {
+        last.fill(0);
+        (last[5], last[100]) = (0x7e, 0x38);
+    }
+    let sum = |row: usize, column: usize| (0..K).map(|k| e4m3_to_f64(a[row * K + k]) * e4m3_to_f64(b[column * K + k])).sum::<f64>();
+    assert_eq!(sum(63, 15), 448.0 * 448.0 + 1.0);
+    for device in everywhere() {
+        let (a, b) = (upload(&device, &a), upload(&device, &b));
+        let map = tensor_map(&device, &a, [64, 64], [64, 64], true);
+        let other_map = tensor_map(&device, &b, [64, 16], [64, 16], true);
+        let params = PlantedParams { map, other_map, ..Default::default() };
+        let out = transform(&device, &WGMMA_E4M3, &[0], T * 8, params);
+        for (r, &bits) in out.iter().enumerate() {
+            let (thread, i) = (r / 8, r % 8);
+            let row = thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2);
+            let column = 8 * (i / 4) + 2 * (thread % 4) + i % 2;
+            let truth = if (row, column) == (63, 15) { 448.0 * 448.0 } else { sum(row, column) };
+            assert_eq!(f64::from(f32::from_bits(bits)), truth, "row {row}, column {column}");
         }
     }
 }

@@ -384,7 +384,7 @@ impl Bench<'_> {
         let (hidden, inner, most) = (s.hidden as usize, s.intermediate as usize, MAX_DECODE_ROWS as usize);
         let (x, out) = (self.random(most * hidden, 1.0)?, self.random(most * hidden.max(inner), 1.0)?);
         let gate_up = self.random_f32(most * 2 * inner, 1.0)?;
-        let norm = Norm { weight: self.random(hidden, 1.0)?, eps: 1e-6 };
+        let norm = Norm { weight: self.random(hidden, 1.0)?.into(), eps: 1e-6 };
         let workspace = Workspace::new(self.device, 1, hidden, s.heads, None)?;
         let shapes = |key, columns| s.sizes.decode_rows.iter().map(move |&rows| [("rows", rows), (key, columns)]);
         for shape in self.wanted("unfused", "norm", shapes("hidden", s.hidden)) {

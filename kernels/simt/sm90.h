@@ -106,6 +106,11 @@ DEVICE uint16_t float_to_bf16(float x) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 DEVICE uint32_t pack_bf16x2(float low, float high) { return float_to_bf16(low) | (uint32_t)float_to_bf16(high) << 16; }
+// A product of two bf16 is exact in fp32.
+DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  return pack_bf16x2(bits_to_float(a << 16) * bits_to_float(b << 16),
+                     bits_to_float(a & 0xffff0000u) * bits_to_float(b & 0xffff0000u));
+}
 
 namespace simt {
 static inline uint16_t float_to_f16(float x) {

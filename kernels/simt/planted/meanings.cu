@@ -148,6 +148,26 @@ KERNEL(wgmma_n64, PlantedParams, PLANTED_THREADS) { wgmma_any<64>(p); }
 KERNEL(wgmma_n96, PlantedParams, PLANTED_THREADS) { wgmma_k_major<96>(p); }
 KERNEL(wgmma_n256, PlantedParams, PLANTED_THREADS) { wgmma_any<256>(p); }
 
+// out [128][8]: the registers of d = a b, a 64 x 128, b 128 x 16 in e4m3, both brought in pairs by p.map and p.other_map.
+KERNEL(wgmma_e4m3, PlantedParams, PLANTED_THREADS) {
+  uint8_t* a = shared_memory();
+  uint8_t* b = a + 8192;
+  init_barrier();
+  if (thread_idx() == 0) {
+    mbarrier_arrive_expect_tx(barrier(), 8192 + 2048);
+    tma_load(a, &p.map, barrier(), kEvictNormal, 0, 0);
+    tma_load(b, &p.other_map, barrier(), kEvictNormal, 0, 0);
+  }
+  mbarrier_wait(barrier(), 0);
+  float d[8];
+  const uint64_t a_tile = wgmma_descriptor(a, 16, 1024, kSwizzle128), b_tile = wgmma_descriptor(b, 16, 1024, kSwizzle128);
+  wgmma_fence();
+  for (int k = 0; k < 4; k++) wgmma_ss_e4m3<16>(d, a_tile + 2 * k, b_tile + 2 * k, k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < 8; i++) p.out[thread_idx() * 8 + i] = float_to_bits(d[i]);
+}
+
 // A cluster whose rank 0 multicasts 512 bytes of p.map to all; every block adds its rank and writes the words into the next
 // block's shared memory, and stores what it got: out [rank][T].
 KERNEL(cluster_exchange, PlantedParams, PLANTED_THREADS) {
