@@ -11,6 +11,7 @@ use serde::de::{MapAccess, Visitor};
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 /// Element types of safetensors that we know the size of.
@@ -116,6 +117,7 @@ pub struct Checkpoint {
 
 struct Shard {
     path: PathBuf,
+    file: File,
     map: memmap2::Mmap,
     data_start: usize,
 }
@@ -236,7 +238,7 @@ impl Checkpoint {
                 return Err(Error::model(path, format!("tensor {name:?} is in another shard as well")));
             }
         }
-        self.shards.push(Shard { path: path.into(), map, data_start });
+        self.shards.push(Shard { path: path.into(), file, map, data_start });
         Ok(())
     }
 
@@ -354,13 +356,18 @@ impl Checkpoint {
         }
     }
 
-    /// Takes the pages of these bytes of a tensor out of the process's memory. The system may keep them, and who touches them
-    /// again gets them back.
-    pub fn release(&self, bytes: &[u8]) {
+    /// Takes the pages of these bytes of a tensor out of the process's memory; who touches them again gets them back. `keep`:
+    /// the system may go on caching them for the next start.
+    pub fn release(&self, bytes: &[u8], keep: bool) {
         let (shard, offset) = self.shard_of(bytes);
-        // SAFETY: the map is of a file and is only read, so that pages which come back are as they were. Pages that the system
-        // does not release cost memory and nothing else.
+        // Pages that the system does not release cost memory and nothing else.
+        // SAFETY: the map is of a file and is only read, so that pages which come back are as they were.
         let _ = unsafe { shard.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
+        if !keep {
+            let (fd, offset, length) = (shard.file.as_raw_fd(), offset as i64, bytes.len() as i64);
+            // SAFETY: an open file; the system writes nothing.
+            unsafe { libc::posix_fadvise(fd, offset, length, libc::POSIX_FADV_DONTNEED) };
+        }
     }
 
     /// Where in which shard the bytes of a tensor lie.

@@ -188,7 +188,7 @@ impl Piece<'_> {
         self.sources.len() * self.elements * self.element()
     }
 
-    fn upload(&self, checkpoint: &Checkpoint, uploader: &mut Uploader) -> Result<()> {
+    fn upload(&self, checkpoint: &Checkpoint, keep: bool, uploader: &mut Uploader) -> Result<()> {
         let all = || self.sources.iter().map(|(source, begin)| source.elements(*begin..begin + self.elements));
         all().try_for_each(|bytes| checkpoint.read(bytes))?;
         uploader.upload(&self.buffer, self.offset, self.bytes(), |out| {
@@ -198,7 +198,7 @@ impl Piece<'_> {
                 source.write(at..at + out.len() / self.element(), out)
             })
         })?;
-        all().for_each(|bytes| checkpoint.release(bytes));
+        all().for_each(|bytes| checkpoint.release(bytes, keep));
         Ok(())
     }
 }
@@ -437,6 +437,9 @@ impl<'a> Loader<'a> {
             self.uploaders = (0..THREADS).map(|_| self.device.uploader(PIECE)).collect::<Result<_>>()?;
         }
         let mut uploaders = std::mem::take(&mut self.uploaders);
+        // The host target's weights lie where the system caches files. What does not fit beside them it would drop before the
+        // next start anyway, but only after it has looked for memory for all of it, which takes longer than the copying.
+        let keep = !self.device.is_host() || 2 * checkpoint.bytes() <= self.device.memory()?.0;
         let next = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             let (sender, loaded) = mpsc::channel();
@@ -444,7 +447,7 @@ impl<'a> Loader<'a> {
                 let (sender, pieces, next) = (sender.clone(), &pieces, &next);
                 scope.spawn(move || {
                     while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let result = piece.upload(checkpoint, uploader).map(|()| piece.bytes());
+                        let result = piece.upload(checkpoint, keep, uploader).map(|()| piece.bytes());
                         // Nobody listens any more where another thread has failed.
                         if sender.send(result).is_err() {
                             return;

@@ -567,7 +567,9 @@ fn wgmma_of_e4m3_loses_what_hopper_loses() {
         last.fill(0);
         (last[5], last[100]) = (0x7e, 0x38);
     }
-    let sum = |row: usize, column: usize| (0..K).map(|k| e4m3_to_f64(a[row * K + k]) * e4m3_to_f64(b[column * K + k])).sum::<f64>();
+    let sum = |row: usize, column: usize| {
+        (0..K).map(|k| e4m3_to_f64(a[row * K + k]) * e4m3_to_f64(b[column * K + k])).sum::<f64>()
+    };
     assert_eq!(sum(63, 15), 448.0 * 448.0 + 1.0);
     for device in everywhere() {
         let (a, b) = (upload(&device, &a), upload(&device, &b));
