@@ -420,12 +420,15 @@ fn markdown(report: &Report<Results>, work: &Work, device: &Device) -> String {
     text += match (device.is_host(), device.simulated().is_some()) {
         (true, _) => {
             "\nOn the host target nothing is timed: PDL, run-ahead and split-KV change neither launches nor bytes, and what they are \
-             worth only a GPU can say. Whether kernels are fused changes most what a launch costs, which is not in this table either.\n"
+             worth only a GPU can say; nor what kernels cost by their number, which is most of what fusing them saves. A dash: the step of \
+             everything on.\n"
         }
         (_, true) => {
             "\nSimulated time: bytes and FLOPs by the roofline. Only techniques that change those are listed.\n"
         }
-        _ => "\nTime by the clock, from submitting all requests to the last token.\n",
+        _ => {
+            "\nTime by the clock, from submitting all requests to the last token. A dash: the step of everything on.\n"
+        }
     };
     if let Some(total) = base.step_total() {
         let how = match device.is_host() {
