@@ -376,6 +376,24 @@ fn inspect_says_what_there_is() {
     }
 }
 
+#[test]
+fn weights_are_quantised_where_asked() {
+    let weights = |flags: &[&str]| {
+        let output = ponder(&[&["inspect", MODEL], flags].concat(), b"");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let line = text.lines().find(|line| line.contains("MiB  weights")).unwrap_or_else(|| panic!("{text}"));
+        let mebibytes: f64 = line.split_whitespace().next().unwrap().parse().unwrap();
+        (mebibytes, text.contains("3.1 million parameters in fp8 and bf16"))
+    };
+    let (bf16, fp8) = (weights(&[]), weights(&["--quantize", "fp8"]));
+    assert!(!bf16.1 && fp8.1 && 0.5 * bf16.0 < fp8.0 && fp8.0 < 0.6 * bf16.0, "{bf16:?} {fp8:?}");
+    let question = generate_json(&[QUESTION, "--quantize", "fp8", "--n-ignore", "1", "--ignore-string", "Wait"]);
+    assert!(question["answer"].as_str().unwrap().ends_with("x = 9"), "{question}");
+    refused(&["generate", MODEL, "x", "--quantize", "int4"], &["--quantize", "int4", "fp8"]);
+    let simulated = ["generate", MODEL, "x", "--quantize", "fp8", "--device", "sim:h100"];
+    refused(&simulated, &["--quantize", "sim:h100,fp8"]);
+}
+
 /// A conversation at a terminal (python3's pty): colours, Ctrl-C stops the answer and not the program, Ctrl-D ends.
 #[test]
 fn a_chat_at_a_terminal() {

@@ -3,19 +3,24 @@
 use super::output::Printer;
 use crate::Result;
 use crate::args::InspectArgs;
+use crate::config::{LayerTypes, ModelConfig};
 use crate::executor::{BUCKETS, MemoryPlan};
 use crate::frontend::Frontend;
 use crate::kernels;
 use crate::kernels::params::PAGE_TOKENS;
+use crate::model::{self, Weights};
 use crate::thinking::Delimiters;
 
 /// Registers, shared memory and instruction counts of every kernel, as nvcc compiled it; a test keeps the table true.
 const RESOURCES: &str = include_str!("../../tests/resources.txt");
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let (frontend, _, device) = super::open(&args.model)?;
-    let plan = MemoryPlan::new(&device, &frontend.config, &super::options(&args.model))?;
-    let mut text = model(&frontend, plan.weights);
+    let (mut frontend, checkpoint, device) = super::open(&args.model)?;
+    let options = super::options(&args.model);
+    let weights = checkpoint.as_ref().map_or(Weights::Dummy, Weights::Checkpoint);
+    frontend.config.weight_types = weights.types(&frontend.config, options.quantize)?;
+    let plan = MemoryPlan::new(&device, &frontend.config, &options)?;
+    let mut text = model(&frontend);
     text += &format!("\ndevice        {}\n", device.describe());
     if let Some(telemetry) = super::telemetry(&args.model.source, &device) {
         text += &format!("              {}\n", telemetry.describe());
@@ -29,9 +34,10 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     Printer::new().write(&text)
 }
 
-fn model(frontend: &Frontend, bytes: u64) -> String {
+fn model(frontend: &Frontend) -> String {
     let c = &frontend.config;
-    let parameters = bytes as f64 / 2.0;
+    let in_bf16 = ModelConfig { weight_types: vec![LayerTypes::default(); c.num_layers], ..c.clone() };
+    let parameters = model::weight_bytes(&in_bf16) as f64 / 2.0;
     let parameters = if parameters < 1e9 {
         format!("{:.1} million", parameters / 1e6)
     } else {
@@ -39,7 +45,7 @@ fn model(frontend: &Frontend, bytes: u64) -> String {
     };
     let thinking = frontend.delimiters.as_ref().map_or("none".into(), |d| delimiters(frontend, d));
     format!(
-        "model         {:?}, {parameters} parameters in bf16\n\
+        "model         {:?}, {parameters} parameters in {}\n\
          layers        {}, hidden {}, intermediate {}\n\
          heads         {} of {} elements, {} for K and V\n\
          vocabulary    {}{}\n\
@@ -47,6 +53,7 @@ fn model(frontend: &Frontend, bytes: u64) -> String {
          windows       {}\n\
          thinking      {thinking}\n",
         c.architecture,
+        if c.is_fp8() { "fp8 and bf16" } else { "bf16" },
         c.num_layers,
         c.hidden_size,
         c.intermediate_size,
