@@ -20,7 +20,7 @@ const ELEMENT: usize = 2;
 /// Bytes that a thread reads, and copies, at a time.
 const PIECE: usize = 4 << 20;
 
-/// Of them, how many at the most: more do not make a disk or a bus faster.
+/// At the most; more would not make a disk or a bus faster.
 const THREADS: usize = 8;
 
 /// A tensor [rows][..], perhaps of heads of so many rows whose halves are to be interleaved.
