@@ -18,7 +18,7 @@ const INTERLEAVE: usize = 8;
 /// Bytes that a thread reads, and copies, at a time.
 const PIECE: usize = 4 << 20;
 
-/// Of them, how many at the most: more do not make a disk or a bus faster.
+/// At the most; more would not make a disk or a bus faster.
 const THREADS: usize = 8;
 
 /// Bytes of bf16 that wait to be quantised, about: a layer of a large model, or many of a small one.

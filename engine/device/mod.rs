@@ -211,8 +211,8 @@ impl Device {
         self.alloc_as(bytes, true)
     }
 
-    /// The same for what is filled before it is read: the host target does not touch it, which for a model's weights takes
-    /// as long as loading them.
+    /// The same for what is filled before it is read: the host target leaves it untouched, because writing a model's weights
+    /// twice takes seconds.
     pub fn alloc_to_fill(&self, bytes: usize) -> Result<Buffer> {
         self.alloc_as(bytes, false)
     }

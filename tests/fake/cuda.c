@@ -124,8 +124,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 // Makes the first so many copies.
 static void finish(size_t count) {
   pthread_mutex_lock(&lock);
-  for (; finished < count; finished++)
-    memcpy(copies[finished].to, copies[finished].from, copies[finished].bytes);
+  for (; finished < count; finished++) memcpy(copies[finished].to, copies[finished].from, copies[finished].bytes);
   pthread_mutex_unlock(&lock);
 }
 
