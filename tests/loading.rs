@@ -8,7 +8,7 @@ use ponder::config::{Architecture, ModelConfig};
 use ponder::device::Device;
 use ponder::device::host::HostOptions;
 use ponder::hub;
-use ponder::model::Model;
+use ponder::model::{Model, Weights};
 use ponder::rope::{Rope, Scaling};
 use ponder::thinking::{Delimiters, PROFILES, Profile, ThinkingChoice};
 use ponder::tokenizer::{Detokenizer, Tokenizer};
@@ -400,9 +400,11 @@ impl Damaged {
 
     fn load_opened(&self, checkpoint: &Checkpoint) -> ponder::Result<()> {
         let path = Path::new("config.json");
-        let config = ModelConfig::parse(self.config.to_string().as_bytes(), path, None, path).unwrap();
+        let mut config = ModelConfig::parse(self.config.to_string().as_bytes(), path, None, path).unwrap();
+        let weights = Weights::from(checkpoint);
+        config.weight_types = weights.types(&config, false)?;
         let device = Device::host(HostOptions::default());
-        Model::load(&device, &config, checkpoint.into(), 64, &mut |_, _| {}).map(|_| ())
+        Model::load(&device, &config, weights, 64, &mut |_, _| {}).map(|_| ())
     }
 }
 
@@ -509,13 +511,13 @@ fn damaged_checkpoints_are_refused() {
     let begin = model.header[OTHER]["data_offsets"][0].as_u64().unwrap() as usize;
     model.data[begin + 300] = 0x7f;
     model.write();
-    refused(model.load(), &[FILE, OTHER]);
+    refused(model.load(), &[FILE, OTHER, "NaN"]);
     let mut model = Damaged::new("fp8-channel");
     let scale = format!("{OTHER}_scale");
     let taken = model.header.shift_remove(&scale).expect("a scale");
     model.header.insert("filler".into(), taken);
     model.write();
-    refused(model.load(), &[FILE, OTHER]);
+    refused(model.load(), &[FILE, OTHER, "no scale"]);
 }
 
 // ---- the hub's cache ----
