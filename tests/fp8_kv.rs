@@ -506,7 +506,8 @@ fn perplexity_and_answers_are_nearly_those_of_bf16() {
         (perplexities, answer_all(&mut engine, &requests).iter().map(ids).collect::<Vec<_>>())
     };
     let bf16 = measure(ExecutorOptions::default());
-    for (what, options) in [("pages", options()), ("weights", ExecutorOptions { quantize: true, ..Default::default() })] {
+    for (what, options) in [("pages", options()), ("weights", ExecutorOptions { quantize: true, ..Default::default() })]
+    {
         let fp8 = measure(options);
         let same = bf16.1.iter().zip(&fp8.1).filter(|(a, b)| a == b).count();
         println!("{what}: perplexities {:?} and {:?}, {same} answers are the same", bf16.0, fp8.0);

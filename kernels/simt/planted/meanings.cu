@@ -160,7 +160,8 @@ KERNEL(wgmma_e4m3, PlantedParams, PLANTED_THREADS) {
   }
   mbarrier_wait(barrier(), 0);
   float d[8];
-  const uint64_t a_tile = wgmma_descriptor(a, 16, 1024, kSwizzle128), b_tile = wgmma_descriptor(b, 16, 1024, kSwizzle128);
+  const uint64_t a_tile = wgmma_descriptor(a, 16, 1024, kSwizzle128),
+                 b_tile = wgmma_descriptor(b, 16, 1024, kSwizzle128);
   wgmma_fence();
   for (int k = 0; k < 4; k++) wgmma_ss_e4m3<16>(d, a_tile + 2 * k, b_tile + 2 * k, k > 0);
   wgmma_commit();
