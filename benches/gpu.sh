@@ -48,7 +48,7 @@ run_tests() { "$bundle/tests" --test-threads 1 --skip cuda:: --skip resources:: 
 # there is nothing to sanitize with (its own checks are always on), so they run plainly.
 sanitize() {
     local small=(attention::decode_of_padding_only attention::decode_at_the_edges attention::rope norms products::gemv_clips
-        products::gemm_adds sampler::greedy model::a_checked_run)
+        products::gemm_adds fp8_products::weights fp8_products::gemv_rotates sampler::greedy model::a_checked_run)
     local tool=(compute-sanitizer --tool "$1" --error-exitcode 9 --launch-timeout 60 --print-limit 20)
     [ "$TEST_DEVICE" != host ] || tool=()
     [ "$TEST_DEVICE" = host ] || command -v compute-sanitizer >/dev/null || skip "no compute-sanitizer"
@@ -87,6 +87,7 @@ model() {
     local flags=("$1" --load-format dummy --device "$device" $(lengths))
     for batch in 1 16; do
         "$bundle/ponder" bench latency "${flags[@]}" --iterations 3 --batch $batch --json "$OUT/latency-$name-$batch.json" || return
+        "$bundle/ponder" bench latency "${flags[@]}" --quantize fp8 --iterations 3 --batch $batch --json "$OUT/latency-$name-fp8-$batch.json" || return
     done
     local requests=64
     [ "$TEST_DEVICE" != host ] || requests=20
@@ -123,6 +124,8 @@ run_profile() {
         "attn_prefill prefill     q=32 kv=8 d=128 rows=16384 "
         "attn_decode  decode      q=32 kv=8 d=128 rows=16 keys=131072 "
         "gemv         gate_up     rows=1 "
+        "gemm_fp8     gate_up     rows=2048 "
+        "gemv_fp8     gate_up     rows=1 "
         "sample       top_k_top_p rows=16 "
     )
     [ "$TEST_DEVICE" != host ] || shapes=tiny cases=(
@@ -130,6 +133,8 @@ run_profile() {
         "attn_prefill prefill     q=4 kv=2 d=64 rows=100 "
         "attn_decode  decode      q=4 kv=2 d=64 rows=1 "
         "gemv         gate_up     rows=1 "
+        "gemm_fp8     gate_up     rows=300 "
+        "gemv_fp8     gate_up     rows=1 "
         "sample       top_k_top_p rows=1 "
     )
     local result=0 case kernel
@@ -138,7 +143,7 @@ run_profile() {
         local ncu=(ncu --csv --page raw --log-file "$OUT/profile-$kernel.csv" --clock-control none
             --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis
             --section WarpStateStats --section Occupancy --section LaunchStats
-            --kernel-name "regex:^${kernel/gemm/gemm_silu}" --launch-skip 2 --launch-count 1)
+            --kernel-name "regex:^$(case $kernel in gemm) echo gemm_silu ;; gemm_fp8) echo gemm_fp8_silu ;; *) echo $kernel ;; esac)" --launch-skip 2 --launch-count 1)
         [ "$TEST_DEVICE" != host ] || ncu=()
         timeout --kill-after=5 60 "${ncu[@]}" "$bundle/ponder" bench kernels --device "$device" --shapes $shapes \
             --filter "$case" --seconds 0 || result=1
