@@ -4,7 +4,6 @@
 use crate::batch::{Accounting, OnEnd};
 use crate::budget::BudgetRequest;
 use crate::frontend::Request;
-use crate::hub;
 use crate::sampling::SamplingRequest;
 use crate::steering::{SteeringRequest, Technique};
 use crate::thinking::ThinkingChoice;
@@ -36,6 +35,32 @@ pub enum Command {
     Bench(BenchArgs),
     /// Study how thinking budgets and inference techniques behave: a folder with results, a report and plots.
     Study(StudyArgs),
+}
+
+impl Command {
+    /// The model that most commands run.
+    pub fn source(&mut self) -> Option<&mut SourceArgs> {
+        match self {
+            Command::Generate(args) => Some(&mut args.model.source),
+            Command::Chat(args) => Some(&mut args.model.source),
+            Command::Serve(args) => Some(&mut args.model.source),
+            Command::Batch(args) => Some(&mut args.model.source),
+            Command::Inspect(args) => Some(&mut args.model.source),
+            Command::Bench(args) => match &mut args.command {
+                BenchCommand::Budget(args) => Some(&mut args.model.source),
+                BenchCommand::Perplexity(args) => Some(&mut args.model.source),
+                BenchCommand::Latency(args) => Some(&mut args.load.model),
+                BenchCommand::Throughput(args) => Some(&mut args.load.model),
+                BenchCommand::Kernels(_) | BenchCommand::Host(_) | BenchCommand::Load(_) | BenchCommand::Serve(_) => {
+                    None
+                }
+            },
+            Command::Study(args) => match &mut args.command {
+                StudyCommand::Scaling(args) => Some(&mut args.model.source),
+                StudyCommand::Ablation(_) | StudyCommand::Curate(_) => None,
+            },
+        }
+    }
 }
 
 #[derive(Debug, Group)]
@@ -603,8 +628,12 @@ pub struct ModelArgs {
 #[command(next_help_heading = "Model and device")]
 pub struct SourceArgs {
     /// Model folder: config.json, safetensors, tokenizer.json; or the name of a model in the Hugging Face cache.
-    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>, value_parser = hub::resolve)]
+    #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
     pub path: PathBuf,
+    /// Fetch what the cache lacks of the newest version of the model of this name from the Hugging Face hub. Without this flag
+    /// nothing is ever asked of the network. HF_TOKEN, HF_HOME and HF_ENDPOINT are heeded.
+    #[arg(long)]
+    pub download: bool,
     /// host, cuda:N, sim:h100 (no model runs: tokens are made up in the time that a GPU would take), or auto: a GPU if there is
     /// one, else the host target.
     #[arg(long, default_value = "auto", value_name = "DEVICE")]

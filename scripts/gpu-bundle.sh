@@ -2,6 +2,8 @@
 # gpu-bundle.sh [FEATURE FLAGS]: builds the binaries that benches/gpu.sh runs and puts them, stripped, into target/gpu-bundle/:
 # `ponder`, `tests`, each bench by its name, and the `commit` they were built from.
 set -eu
+# That machine reaches no hub.
+[ $# -gt 0 ] || set -- --no-default-features --features cuda
 cd "$(dirname "$0")/.."
 bundle=target/gpu-bundle
 rm -rf "$bundle"

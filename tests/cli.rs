@@ -10,7 +10,7 @@ const MODEL: &str = "models/modulo";
 const QUESTION: &str = "Find x with 7x + 4 = 1 (mod 11).";
 
 /// Beside the tests when they run away from where they were built.
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     let built = PathBuf::from(env!("CARGO_BIN_EXE_ponder"));
     if built.exists() { built } else { std::env::current_exe().unwrap().with_file_name("ponder") }
 }

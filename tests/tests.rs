@@ -17,6 +17,8 @@ mod fp8_kv;
 mod fp8_products;
 mod guide;
 mod harnesses;
+#[cfg(feature = "hub")]
+mod hub;
 mod kernel_docs;
 mod layout;
 mod loading;

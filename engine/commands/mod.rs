@@ -10,7 +10,6 @@ mod profile;
 mod serve;
 mod study;
 
-use crate::Result;
 use crate::args::{Args, Command, DecodeLoopKind, KvCacheDtype, LoadFormat, ModelArgs, SourceArgs};
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceChoice};
@@ -20,10 +19,15 @@ use crate::frontend::Frontend;
 use crate::model::Weights;
 use crate::ops::KvType;
 use crate::telemetry::Telemetry;
+use crate::{Error, Result, hub};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
+use std::path::PathBuf;
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    if let Some(source) = args.command.source() {
+        source.path = locate(source)?;
+    }
     match args.command {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
@@ -33,6 +37,27 @@ pub fn run(args: Args) -> Result<()> {
         Command::Bench(args) => bench::run(&args),
         Command::Study(args) => study::run(&args),
     }
+}
+
+/// The model's folder, fetched from the hub before if flags say so, with a progress bar if somebody is watching.
+fn locate(args: &SourceArgs) -> Result<PathBuf> {
+    let bar = bytes_bar("fetching");
+    let progress = {
+        let bar = bar.clone();
+        move |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    };
+    let folder = hub::resolve(&args.path, args.download, progress);
+    bar.finish_and_clear();
+    folder.map_err(|problem| Error::model(&args.path, problem))
+}
+
+fn bytes_bar(what: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let style = format!("{what} {{bar:40}} {{bytes}} of {{total_bytes}}, {{bytes_per_sec}}");
+    bar.with_style(ProgressStyle::with_template(&style).expect("a valid template"))
 }
 
 /// Everything but the weights: what is wrong with flags, model folder or device is said before they load.
@@ -70,9 +95,7 @@ fn load(
 
 /// Bytes loaded and bytes in all, shown while `load` runs.
 fn with_loading_bar<T>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<T>) -> Result<T> {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}");
-    bar.set_style(style.expect("a valid template"));
+    let bar = bytes_bar("loading");
     let loaded = load(&mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);

@@ -3,9 +3,8 @@
 use crate::args::ServeArgs;
 use crate::server::kv_events::{self, KvEvents};
 use crate::server::{self, EffortTable, ServerState, Settings, Traces};
-use crate::{Error, Result, Service};
+use crate::{Error, Result, Service, hub};
 use std::io::IsTerminal;
-use std::path::Path;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -56,7 +55,7 @@ fn settings(args: &ServeArgs) -> Result<Settings> {
     for (name, budget) in &args.reasoning_effort {
         efforts.set(name.clone(), *budget);
     }
-    let model_name = args.served_model_name.clone().unwrap_or_else(|| folder_name(&args.model.source.path));
+    let model_name = args.served_model_name.clone().unwrap_or_else(|| hub::model_name(&args.model.source.path));
     let to = |collector: &String| Traces::to(collector, &model_name);
     Ok(Settings {
         traces: args.otlp_traces_endpoint.as_ref().map(to).transpose()?,
@@ -70,11 +69,6 @@ fn settings(args: &ServeArgs) -> Result<Settings> {
         efforts,
         ..Settings::default()
     })
-}
-
-fn folder_name(path: &Path) -> String {
-    let absolute = path.canonicalize().unwrap_or_else(|_| path.into());
-    absolute.file_name().map_or("ponder".into(), |name| name.to_string_lossy().into_owned())
 }
 
 /// RUST_LOG says how much; by default what an operator should know.

@@ -17,7 +17,7 @@ use crate::study::folder::Folder;
 use crate::study::scaling::{self, Options, Subject};
 use crate::study::tasks::TaskSource;
 use crate::thinking::ThinkingChoice;
-use crate::{Error, Result};
+use crate::{Error, Result, hub};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::collections::HashMap;
@@ -29,12 +29,6 @@ pub fn run(args: &StudyArgs) -> Result<()> {
         StudyCommand::Ablation(args) => run_ablation(args),
         StudyCommand::Curate(args) => run_curate(args),
     }
-}
-
-/// What a model is called in reports: its folder's name.
-fn model_name(path: &Path) -> String {
-    let name = path.canonicalize().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
-    name.unwrap_or_else(|| path.display().to_string())
 }
 
 fn parse_task(text: &str) -> Result<TaskSource> {
@@ -66,7 +60,7 @@ fn run_scaling(args: &ScalingArgs) -> Result<()> {
     // What an interrupted study asks again would otherwise depend on what ran beside it.
     options.deterministic = true;
     let mut engine = super::load(frontend, checkpoint.as_ref(), &device, &options)?;
-    let subject = Subject { model: model_name(&args.model.source.path), task: task.name() };
+    let subject = Subject { model: hub::model_name(&args.model.source.path), task: task.name() };
     let study = Options {
         sweeps: args.sweeps.clone(),
         maxima: args.max_thinking_tokens.clone(),
@@ -94,7 +88,7 @@ fn run_curate(args: &CurateArgs) -> Result<()> {
     let folder = Folder::create(&args.out)?;
     let subject = curate::Subject {
         pool: args.pool.display().to_string(),
-        models: args.model.iter().map(|path| model_name(path)).collect(),
+        models: args.model.iter().map(|path| hub::model_name(path)).collect(),
         benchmarks: against.iter().map(TaskSource::name).collect(),
     };
     let limits = json!({
@@ -161,7 +155,7 @@ fn run_ablation(args: &AblationArgs) -> Result<()> {
         output_tokens: args.output_tokens,
         seed: args.seed,
     };
-    let name = model_name(&args.path);
+    let name = hub::model_name(&args.path);
     let subject =
         ablation::Subject { name, folder: &args.path, checkpoint: checkpoint.as_ref(), device: &device, work };
     let bar = progress("variants");
