@@ -45,7 +45,8 @@ WORK = (*PRODUCTS, "MUFU")
 CONVERT = 11  # instructions that a lane spends on 8 numbers of e4m3, to make them f16
 BARRIER = 0.9  # us: a barrier of a cluster of eight, with the reduction before it
 PUBLISH = 1.5  # us: a record to host memory, a fence, a ticket
-QUANTISE = 300  # clocks: barriers, shared memory and products that a step of a decode product of fp8 waits for
+STEP_FP8 = 300  # clocks: barriers, shared memory and products that a step of a decode product of fp8 waits for
+SCALED = 2.8  # instructions that scale and add a step's sums, for each token: not counted, since a loop need not pass there
 LOGIT = 8  # instructions that a pass of the sampler spends on a logit
 COUNT = 6  # clocks of a warp's atomics on 100 counters in shared memory: two or three lanes meet
 
@@ -247,12 +248,13 @@ def gemv(case, loop, tiling):
     fp8 = case["op"] == "gemv_fp8"
     steps = math.ceil(case["shape"]["n"] / 64) * math.ceil(case["shape"]["k"] / (256 if fp8 else 128))
     share = math.ceil(steps / case["grid"])
-    # Those that quantise x issue their instructions before and behind the products, and not beside them: a step's latencies, too.
+    # Of fp8 a step's instructions come before and behind its products, and not beside them: their latencies count, too.
     warps = case["threads"] // 32 - 1
-    quantise = share * (warps * loop["instructions"] / ISSUE + QUANTISE) / CLOCK * 1e6 if fp8 else 0
-    us = LAUNCH + LATENCY + max(memory(case), quantise) + MERGE
-    if quantise > memory(case):
-        return us, "issue", f"{share} steps of 16 KB a block, in each x is quantised"
+    tokens = int(case["kernel"].rsplit("_m", 1)[1])
+    issue = share * (warps * (loop["instructions"] + SCALED * tokens) / ISSUE + STEP_FP8) / CLOCK * 1e6 if fp8 else 0
+    us = LAUNCH + LATENCY + max(memory(case), issue) + MERGE
+    if issue > memory(case):
+        return us, "issue", f"{share} steps of 16 KB a block, with more instructions than bytes"
     return us, "memory" if memory(case) > LAUNCH + LATENCY + MERGE else "latency", f"{share} steps of 16 KB a block; start and merge"
 
 
@@ -358,11 +360,10 @@ def ring(kernel, shared_bytes):
             stage += (128 + columns // 8) * 4
         return min(int(of_family("gemm", "kMostStages")), (shared_bytes - 512 - result) // stage), stage
     if kernel.startswith("gemv"):
-        # "kFp8 || kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3"
+        # "kConverts || kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3"
         numbers = [int(n) for n in re.findall(r"[?:] (\d+)", of_family("gemv", "int kStages"))]
-        if "fp8" in kernel:
-            return numbers[0], 64 * 256
-        return numbers[max(0, int(kernel.rsplit("_m", 1)[1]).bit_length() - 5)], 64 * 128 * 2
+        tokens = int(kernel.rsplit("_m", 1)[1])
+        return numbers[0 if "fp8" in kernel and tokens <= 32 else max(0, tokens.bit_length() - 5)], 64 * 256
     if kernel.startswith("attn"):
         family, dim = kernel.removesuffix("_fp8").rsplit("_d", 1)
         bytes_ = 1 if kernel.endswith("_fp8") else 2
@@ -401,7 +402,8 @@ predicted is what `ponder bench kernels` measures: one launch between two events
   below: results asked for, of those the waves could make). Never faster than {POWER / 1e12:.0f} TFLOP/s, which is what 700 W have been
   seen to pay for on random data, nor than memory. Where few processors have a tile, each gets up to 64 bytes a clock from L2.
 - **Products of fp8**: the same clocks for twice as much k; never faster than {POWER_FP8 / 1e12:.0f} TFLOP/s, what DeepGEMM gets of an H800. In decode a
-  step of 16 KB takes {QUANTISE} clocks and the instructions of its loop, or the time in which its bytes come, whichever is longer.
+  step of 16 KB takes {STEP_FP8} clocks, the instructions of its loop and {SCALED} for each token, or the time in which its bytes come, whichever
+  is longer.
   % of the roofline: of twice the FLOP/s.
 - **Attention of prompts**: for a tile of queries by 128 keys, the clocks of both products and of the softmax (its instructions, {ISSUE} a
   clock for the warps that work; at least the exponentials, {EXPONENTIALS} a clock): the longer of the two plus {EXPOSED} of the shorter. {EXPOSED} makes a loop of 552

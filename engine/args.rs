@@ -630,8 +630,8 @@ pub struct SourceArgs {
     /// Model folder: config.json, safetensors, tokenizer.json; or the name of a model in the Hugging Face cache.
     #[arg(value_name = "MODEL", index = 1, help_heading = None::<&str>)]
     pub path: PathBuf,
-    /// Fetch what the cache lacks of the newest version of the model of this name from the Hugging Face hub. Without this flag
-    /// nothing is ever asked of the network. HF_TOKEN, HF_HOME and HF_ENDPOINT are heeded.
+    /// Fetch what the cache lacks of the newest version of the model of this name from the Hugging Face hub, which is never asked
+    /// without this flag. HF_TOKEN, HF_HOME and HF_ENDPOINT are heeded.
     #[arg(long)]
     pub download: bool,
     /// host, cuda:N, sim:h100 (no model runs: tokens are made up in the time that a GPU would take), or auto: a GPU if there is

@@ -297,7 +297,7 @@ impl<'a> Loader<'a> {
             let sources = views.into_iter().map(|view| Source::Fp8(Arc::new(view))).collect();
             return Linear::fp8(self.device, self.place(matrix, sources, k)?, scales, bias, n, k);
         }
-        let (out, scales) = (Arc::new(self.device.alloc(n * k)?), Arc::new(self.device.alloc(n * 4)?));
+        let (out, scales) = (Arc::new(self.device.alloc_to_fill(n * k)?), Arc::new(self.device.alloc(n * 4)?));
         let wide = self.wide(matrix, &[k])?;
         self.quantising.push(Quantising { wide, out: out.clone(), scales: scales.clone(), n, k });
         if self.quantising.iter().map(|q| q.wide.bytes()).sum::<usize>() >= WAITING {
@@ -463,7 +463,7 @@ impl<'a> Loader<'a> {
     }
 
     fn dummy(&mut self, bytes: usize) -> Result<Arc<Buffer>> {
-        let buffer = self.device.alloc(bytes)?;
+        let buffer = self.device.alloc_to_fill(bytes)?;
         self.device.launch(&ops::random(self.device, &buffer, bytes / 2, self.made, DUMMY_DEVIATION))?;
         self.made += 1;
         self.advance(bytes);

@@ -89,7 +89,7 @@ pub struct Activations {
     /// [rows][hidden], the residual stream.
     residual: Buffer,
     normed: Buffer,
-    /// What products of prefill read where weights are fp8: [rows][their largest k].
+    /// What products of prefill, and of many rows of decode, read where weights are fp8: [rows][their largest k].
     quantised: Option<Quantised>,
     /// [rows][(q + 2 kv) heads * dim].
     qkv: Buffer,
@@ -331,7 +331,12 @@ impl Model {
         let (heads, n) = (self.heads(), rows.count);
         let gemv =
             |input: Input, w: &Linear, output: Output| ops::gemv(&self.device, input, w, n, output, &a.workspace);
-        let normed = |norm, launches: &mut Vec<Launch>| {
+        let quantised = || a.quantised.as_ref().expect("made for such a model");
+        let normed = |norm, w: &Linear, launches: &mut Vec<Launch>| {
+            if ops::gemv_reads_fp8(w, n) {
+                launches.push(ops::rms_norm_summed_fp8(&a.residual, norm, n, quantised(), &a.workspace));
+                return Input::Fp8(quantised());
+            }
             if fusion.norm {
                 return Input::Normed(&a.residual, norm);
             }
@@ -339,10 +344,17 @@ impl Model {
             Input::Plain(&a.normed)
         };
         let add = |x: &Buffer, w: &Linear, launches: &mut Vec<Launch>| -> Result<()> {
+            let x = match ops::gemv_reads_fp8(w, n) {
+                false => Input::Plain(x),
+                true => {
+                    launches.push(ops::quantise(x, w.k(), n, quantised()));
+                    Input::Fp8(quantised())
+                }
+            };
             if fusion.residual {
-                launches.push(gemv(Input::Plain(x), w, Output::Residual(&a.residual))?);
+                launches.push(gemv(x, w, Output::Residual(&a.residual))?);
             } else {
-                launches.push(gemv(Input::Plain(x), w, Output::Matrix(&a.normed))?);
+                launches.push(gemv(x, w, Output::Matrix(&a.normed))?);
                 launches.push(ops::add_residual(&a.normed, &a.residual, n, self.config.hidden_size, &a.workspace));
             }
             Ok(())
@@ -352,7 +364,7 @@ impl Model {
             let (pages, window) = (cache.layer(i), self.config.windows[i]);
             let into = self.rope_into(rows, &pages, a);
             let (out, next) = (&a.attention, Some(&layer.o));
-            let x = normed(&layer.input_norm, &mut launches);
+            let x = normed(&layer.input_norm, &layer.qkv, &mut launches);
             match layer.qk_norm.as_ref().map(|(q, k)| (q, k)) {
                 None if fusion.rope => launches.push(gemv(x, &layer.qkv, Output::Rope(&into))?),
                 qk_norm => launches
@@ -361,7 +373,7 @@ impl Model {
             let packed = fusion.packed_gqa;
             launches.push(ops::attn_decode(&a.q, heads, packed, window, rows, keys, &pages, out, next, &a.workspace));
             add(out, &layer.o, &mut launches)?;
-            let x = normed(&layer.post_norm, &mut launches);
+            let x = normed(&layer.post_norm, &layer.gate_up, &mut launches);
             match fusion.silu {
                 true => launches.push(gemv(x, &layer.gate_up, Output::Silu(&a.mlp))?),
                 false => launches.extend([

@@ -44,7 +44,7 @@ pub enum Scales {
     Blocks(Arc<Buffer>),
 }
 
-/// Activations in e4m3: what a product of fp8 weights reads in prefill.
+/// Activations in e4m3: what a product of fp8 weights reads, in prefill or of many rows of decode.
 pub struct Quantised {
     /// [rows][k].
     numbers: Buffer,
@@ -513,6 +513,8 @@ pub enum Input<'a> {
     Plain(&'a Buffer),
     /// RMS-normalised on its way. Its sums of squares are in the workspace: `embed` or the last [`Output::Residual`] left them.
     Normed(&'a Buffer, &'a Norm),
+    /// Where [`gemv_reads_fp8`] says so.
+    Fp8(&'a Quantised),
 }
 
 /// Where the result of a decode product goes. A bias of the matrix is added but for silu and logits.
@@ -538,7 +540,13 @@ const GEMV_SHARED: [u32; GEMV_ROWS.len()] = [GEMV_SHARED_M8, GEMV_SHARED_M16, GE
 const GEMV_FP8_SHARED: [u32; GEMV_ROWS.len()] =
     [GEMV_FP8_SHARED_M8, GEMV_FP8_SHARED_M16, GEMV_FP8_SHARED_M32, GEMV_FP8_SHARED_M64];
 
-/// The decode products that there are. `norm`: of the input.
+/// Whether a decode product of so many rows wants its input in e4m3, made so by a launch of its own. Of fewer rows it converts it
+/// itself, faster than the weights come.
+pub fn gemv_reads_fp8(w: &Linear, rows: u32) -> bool {
+    w.is_fp8() && rows > GEMV_ROWS[2]
+}
+
+/// The decode products that there are. `norm`: of the input, by whomever. In fp8 the last one reads e4m3.
 fn gemv_kernels(norm: bool, output: Output, fp8: bool) -> OfRows {
     use crate::kernels::*;
     match (norm, output, fp8) {
@@ -559,14 +567,12 @@ fn gemv_kernels(norm: bool, output: Output, fp8: bool) -> OfRows {
             [&GEMV_RESIDUAL_M8, &GEMV_RESIDUAL_M16, &GEMV_RESIDUAL_M32, &GEMV_RESIDUAL_M64]
         }
         (false, Output::Logits(_), false) => [&GEMV_LOGITS_M8, &GEMV_LOGITS_M16, &GEMV_LOGITS_M32, &GEMV_LOGITS_M64],
-        (true, Output::Matrix(_), true) => {
-            [&GEMV_FP8_NORM_M8, &GEMV_FP8_NORM_M16, &GEMV_FP8_NORM_M32, &GEMV_FP8_NORM_M64]
+        (_, Output::Matrix(_), true) => [&GEMV_FP8_NORM_M8, &GEMV_FP8_NORM_M16, &GEMV_FP8_NORM_M32, &GEMV_FP8_M64],
+        (_, Output::Rope(_), true) => {
+            [&GEMV_FP8_NORM_ROPE_M8, &GEMV_FP8_NORM_ROPE_M16, &GEMV_FP8_NORM_ROPE_M32, &GEMV_FP8_ROPE_M64]
         }
-        (true, Output::Rope(_), true) => {
-            [&GEMV_FP8_NORM_ROPE_M8, &GEMV_FP8_NORM_ROPE_M16, &GEMV_FP8_NORM_ROPE_M32, &GEMV_FP8_NORM_ROPE_M64]
-        }
-        (true, Output::Silu(_), true) => {
-            [&GEMV_FP8_NORM_SILU_M8, &GEMV_FP8_NORM_SILU_M16, &GEMV_FP8_NORM_SILU_M32, &GEMV_FP8_NORM_SILU_M64]
+        (_, Output::Silu(_), true) => {
+            [&GEMV_FP8_NORM_SILU_M8, &GEMV_FP8_NORM_SILU_M16, &GEMV_FP8_NORM_SILU_M32, &GEMV_FP8_SILU_M64]
         }
         (false, Output::Residual(_), true) => {
             [&GEMV_FP8_RESIDUAL_M8, &GEMV_FP8_RESIDUAL_M16, &GEMV_FP8_RESIDUAL_M32, &GEMV_FP8_RESIDUAL_M64]
@@ -587,10 +593,14 @@ pub fn gemv(
     assert!((1..=MAX_DECODE_ROWS).contains(&rows));
     let size = GEMV_ROWS.iter().position(|&most| rows <= most).expect("checked above");
     let kernel = gemv_kernels(matches!(input, Input::Normed(..)), output, w.is_fp8())[size];
-    let (Input::Plain(x) | Input::Normed(x, _)) = input;
+    assert_eq!(matches!(input, Input::Fp8(_)), gemv_reads_fp8(w, rows));
+    let (x, words, row_bytes) = match input {
+        Input::Plain(x) | Input::Normed(x, _) => (x, w.k, w.k * BF16),
+        Input::Fp8(x) => (&x.numbers, w.words(), quantised_row_bytes(w.k)),
+    };
     let mut params = GemvParams {
         w_map: w.gemv_map,
-        x_map: matrix_map(device, x, rows as u64, w.k, [64, GEMV_ROWS[size]])?,
+        x_map: matrix_map(device, x, rows as u64, words, [64, GEMV_ROWS[size]])?,
         x: x.pointer(),
         scales: w.scales(),
         bias: w.bias(),
@@ -601,10 +611,17 @@ pub fn gemv(
         k: w.k as i32,
         ..Default::default()
     };
-    if let Input::Normed(_, norm) = input {
-        params.norm = norm.weight.pointer();
-        params.eps = norm.eps;
-        params.squares = workspace.squares.pointer();
+    match input {
+        Input::Plain(_) => {}
+        Input::Normed(_, norm) => {
+            params.norm = norm.weight.pointer();
+            params.eps = norm.eps;
+            params.squares = workspace.squares.pointer();
+        }
+        Input::Fp8(x) => {
+            params.x_scales = x.scales.pointer();
+            params.x_scales_stride = x.stride as i32;
+        }
     }
     let result = match output {
         Output::Matrix(c) => {
@@ -633,7 +650,7 @@ pub fn gemv(
     Ok(Launch {
         shared_bytes: if w.is_fp8() { GEMV_FP8_SHARED[size] } else { GEMV_SHARED[size] },
         pdl: true,
-        bytes: w.bytes() + w.scale_bytes() + rows as u64 * (w.k * BF16 + result),
+        bytes: w.bytes() + w.scale_bytes() + rows as u64 * (row_bytes + result),
         flops: 2 * rows as u64 * w.n * w.k,
         ..kernel.launch([steps.min(workspace.blocks as u64) as u32, 1, 1], params)
     })
@@ -709,8 +726,28 @@ pub fn rms_norm(x: &Buffer, norm: &Norm, row_index: Option<&Buffer>, rows: u32, 
     Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM.launch([rows, 1, 1], params) }
 }
 
+/// The same, from the sums of squares in the workspace: to the bit what [`Input::Normed`] makes of x.
+pub fn rms_norm_summed(x: &Buffer, norm: &Norm, rows: u32, out: &Buffer, workspace: &Workspace) -> Launch {
+    let params = NormParams { squares: workspace.squares.pointer(), ..norm_params(x, norm, rows, out) };
+    let bytes = (2 * rows as u64 + 1) * norm.weight.bytes() as u64;
+    Launch { pdl: true, bytes, ..kernels::RMS_NORM_SUMMED.launch([rows, 1, 1], params) }
+}
+
 /// out = norm(x) in e4m3; x [rows][hidden].
 pub fn rms_norm_fp8(x: &Buffer, norm: &Norm, rows: u32, out: &Quantised) -> Launch {
+    let (params, bytes) = norm_fp8_params(x, norm, rows, out);
+    Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM_FP8.launch([rows, 1, 1], params) }
+}
+
+/// The same, from the sums of squares in the workspace: to the bit what a product makes of [`Input::Normed`] on its way.
+pub fn rms_norm_summed_fp8(x: &Buffer, norm: &Norm, rows: u32, out: &Quantised, workspace: &Workspace) -> Launch {
+    let (params, bytes) = norm_fp8_params(x, norm, rows, out);
+    let params = NormParams { squares: workspace.squares.pointer(), ..params };
+    Launch { pdl: true, bytes, ..kernels::RMS_NORM_SUMMED_FP8.launch([rows, 1, 1], params) }
+}
+
+/// And the bytes moved.
+fn norm_fp8_params(x: &Buffer, norm: &Norm, rows: u32, out: &Quantised) -> (NormParams, u64) {
     let params = NormParams {
         out: std::ptr::null_mut(),
         out_fp8: out.numbers.pointer(),
@@ -719,8 +756,7 @@ pub fn rms_norm_fp8(x: &Buffer, norm: &Norm, rows: u32, out: &Quantised) -> Laun
         ..norm_params(x, norm, rows, &out.numbers)
     };
     let hidden = norm.weight.bytes() as u64 / BF16;
-    let bytes = rows as u64 * (hidden * BF16 + quantised_row_bytes(hidden)) + hidden * BF16;
-    Launch { shared_bytes: NORM_SHARED, pdl: true, bytes, ..kernels::RMS_NORM_FP8.launch([rows, 1, 1], params) }
+    (params, rows as u64 * (hidden * BF16 + quantised_row_bytes(hidden)) + hidden * BF16)
 }
 
 /// out = x in e4m3; x [rows][k].
@@ -751,13 +787,6 @@ pub fn quantise_weight(w: &Buffer, n: usize, k: usize, out: &Buffer, scales: &Bu
         bytes,
         ..kernels::QUANTISE_WEIGHT.launch([n as u32, 1, 1], params)
     }
-}
-
-/// The same, from the sums of squares in the workspace: to the bit what [`Input::Normed`] makes of x.
-pub fn rms_norm_summed(x: &Buffer, norm: &Norm, rows: u32, out: &Buffer, workspace: &Workspace) -> Launch {
-    let params = NormParams { squares: workspace.squares.pointer(), ..norm_params(x, norm, rows, out) };
-    let bytes = (2 * rows as u64 + 1) * norm.weight.bytes() as u64;
-    Launch { pdl: true, bytes, ..kernels::RMS_NORM_SUMMED.launch([rows, 1, 1], params) }
 }
 
 /// residual [rows][hidden] += x, as [`Output::Residual`] does it; the sums of squares go to the workspace.

@@ -14,10 +14,11 @@
 // Block: one thread keeps a ring of steps in flight by TMA (16 KB of weights each, 48 to 80 KB: more than hides the latency
 // of HBM) and fills it *before* waiting for the previous kernel, which has yet to write x; one warpgroup multiplies.
 //
-// gemv_fp8_*: w in e4m3 with scales (fp8.cuh). A step is as many bytes and 256 k. x stays bf16 wherever it comes from and becomes
-// e4m3 here: a warp takes a token at a time, 8 k a lane, straight from L2 into registers while the step before is multiplied, normalises,
-// finds the largest of each SCALE_GROUP and leaves the tile in shared memory, one of two by turns. That each block does this anew
-// costs nothing while it is shorter than the 650 ns in which a step's weights come: 64 rows take two warpgroups, of 32 rows each.
+// gemv_fp8_*: w in e4m3 with scales (fp8.cuh). A step is as many bytes and 256 k. For up to 32 rows x stays bf16 wherever it comes
+// from and becomes e4m3 here: a warp takes a token at a time, 8 k a lane, straight from L2 into registers while the step before is
+// multiplied, normalises, finds the largest of each SCALE_GROUP and leaves the tile in shared memory, one of two by turns. That
+// each block does this anew costs nothing while it is shorter than the 650 ns in which a step's weights come. For 64 rows it would
+// be twice as long: there x comes in e4m3, by TMA, and a launch before has made it so (norm.cu, quantise.cu).
 // The sums of each SCALE_GROUP, which the tensor cores keep to 14 bits, are scaled and added up in fp32 (as in gemm.cu).
 #include "epilogue.cuh"
 #include "fp8.cuh"
@@ -33,26 +34,26 @@ constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 constexpr int kBytesW = kTileRows * kStepBytes;
 
-constexpr int kConsumerBarrier = 1;  // of all that multiply; of their warpgroups, where there are two: 2 and 3
+constexpr int kConsumerBarrier = 1;  // of those that multiply
 
 template <int kTokens, bool kFp8>
 struct GemvShape {
-  static constexpr int kWarpgroups = kFp8 && kTokens == 64 ? 2 : 1;
-  static constexpr int kConsumers = kWarpgroups * kWarpgroup;  // threads that multiply
-  static constexpr int kColumns = kTokens / kWarpgroups;       // tokens of a warpgroup
   static constexpr int kStepK = kFp8 ? kStepBytes : kStepBytes / 2;
-  static constexpr int kBytesX = kFp8 ? 0 : kTokens * kStepK * 2;                 // in a stage
+  static constexpr bool kConverts = kFp8 && kTokens <= 32;                        // x to e4m3
+  static constexpr int kBytesX = kConverts ? 0 : kTokens * kStepBytes;            // in a stage
   static constexpr int kBytesNorm = kFp8 ? 0 : kStepK * 2;                        // in a stage
   static constexpr int kBytesBlocks = kFp8 ? 2 * kTileRows / SCALE_ROWS * 4 : 0;  // in a stage: w's scales [box][8]
-  static constexpr int kBytesTile = kFp8 ? kColumns * kStepBytes : 0;  // x in e4m3: [box][kColumns], swizzled
+  static constexpr int kBytesTile = kConverts ? kTokens * kStepBytes : 0;         // x in e4m3: [box][kTokens], swizzled
   static constexpr int kStageBytes = kBytesW + kBytesX;
-  static constexpr int kStages = kFp8 || kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3;
+  static constexpr int kStages = kConverts || kTokens <= 16 ? 5 : kTokens == 32 ? 4 : 3;
+  static constexpr int kBytesTokenScales = kFp8 ? 2 * kTokens * 4 : 0;  // x's scales of a step: [box][kTokens]
   // Offsets.
-  static constexpr int kTiles = kStages * kStageBytes;                   // [warpgroup][2], tiles of x
-  static constexpr int kNorm = kTiles + kWarpgroups * 2 * kBytesTile;    // norm weights, [kStages][kStepK]
+  static constexpr int kTiles = kStages * kStageBytes;                   // [2], tiles of x
+  static constexpr int kNorm = kTiles + 2 * kBytesTile;                  // norm weights, [kStages][kStepK]
   static constexpr int kBlocks = kNorm + kStages * kBytesNorm;           // [kStages]
-  static constexpr int kTokenScales = kBlocks + kStages * kBytesBlocks;  // of the tiles of x: [2][box][kTokens] floats
-  static constexpr int kScale = kTokenScales + (kFp8 ? 4 * kTokens * 4 : 0);  // 1 / root mean square, [kTokens] floats
+  static constexpr int kTokenScales = kBlocks + kStages * kBytesBlocks;  // of the two tiles, or of the stages
+  static constexpr int kScale =
+      kTokenScales + (kConverts ? 2 : kStages) * kBytesTokenScales;           // 1 / RMS, [kTokens] floats
   static constexpr int kSquares = kScale + kTokens * 4;                       // sums of squares, [warp][kTokens] floats
   static constexpr int kBarriers = kSquares + kWarpgroupWarps * kTokens * 4;  // full, then empty, [kStages] each
   static constexpr int kTicket = kBarriers + 2 * kStages * (int)sizeof(Barrier);  // the ticket drawn, 16 bytes
@@ -65,20 +66,7 @@ static_assert(GemvShape<8, true>::kShared == GEMV_FP8_SHARED_M8 &&
               GemvShape<32, true>::kShared == GEMV_FP8_SHARED_M32 &&
               GemvShape<64, true>::kShared == GEMV_FP8_SHARED_M64);
 
-// Which warpgroup this is of those that multiply. Barriers are constants, because ptxas counts them.
-template <typename Shape>
-DEVICE int warpgroup() {
-  return Shape::kWarpgroups == 1 ? 0 : thread_idx() / kWarpgroup;
-}
-template <typename Shape>
-DEVICE void sync_warpgroup() {
-  if (Shape::kWarpgroups == 1)
-    named_barrier_sync(kConsumerBarrier, kWarpgroup);
-  else if (warpgroup<Shape>() == 0)
-    named_barrier_sync(kConsumerBarrier + 1, kWarpgroup);
-  else
-    named_barrier_sync(kConsumerBarrier + 2, kWarpgroup);
-}
+DEVICE void sync_consumers() { named_barrier_sync(kConsumerBarrier, kWarpgroup); }
 
 // Which steps belong to which block.
 struct Deal {
@@ -95,7 +83,7 @@ DEVICE uint32_t block_of(const Deal& d, uint32_t step) { return ((step + 1) * gr
 
 // ---- the loading thread ----
 
-// w's block scales of a step: of the boxes that begin within k.
+// The boxes of a step that begin within k: so many have scales.
 DEVICE int boxes_within(const GemvParams& p, uint32_t step) {
   return min_int(2, ceil_div(p.k, SCALE_GROUP) - (int)step * 2);
 }
@@ -108,7 +96,8 @@ DEVICE void load_weights(const GemvParams& p, uint8_t* shared, int stage, Barrie
   const bool norm = kNorm && !kFp8;
   const int norm_bytes = norm ? min_int(Shape::kStepK, p.k - step * Shape::kStepK) * 2 : 0;
   const int boxes = kFp8 && p.scales.blocks ? boxes_within(p, step) : 0;
-  mbarrier_arrive_expect_tx(full, Shape::kStageBytes + norm_bytes + boxes * kBlockBytes);
+  const int x_scales = kFp8 && !Shape::kConverts ? boxes_within(p, step) * kTokens * 4 : 0;
+  mbarrier_arrive_expect_tx(full, Shape::kStageBytes + norm_bytes + boxes * kBlockBytes + x_scales);
   UNROLL for (int box = 0; box < 2; box++)
       tma_load(to + box * (kBytesW / 2), &p.w_map, full, kEvictFirst, (step * 2 + box) * kBoxK, tile * kTileRows);
   if (norm)
@@ -123,10 +112,14 @@ DEVICE void load_weights(const GemvParams& p, uint8_t* shared, int stage, Barrie
 template <int kTokens, bool kFp8>
 DEVICE void load_x(const GemvParams& p, uint8_t* shared, int stage, Barrier* full, uint32_t step) {
   using Shape = GemvShape<kTokens, kFp8>;
-  if (kFp8) return;  // by those who quantise it
+  if (Shape::kConverts) return;  // by those who do it
   uint8_t* to = shared + stage * Shape::kStageBytes + kBytesW;
   UNROLL for (int box = 0; box < 2; box++)
       tma_load(to + box * (Shape::kBytesX / 2), &p.x_map, full, kEvictLast, (step * 2 + box) * kBoxK, 0);
+  const int boxes = kFp8 ? boxes_within(p, step) : 0;
+  for (int box = 0; box < boxes; box++)
+    bulk_load(shared + Shape::kTokenScales + stage * Shape::kBytesTokenScales + box * (kTokens * 4),
+              p.x_scales + (int64_t)(step * 2 + box) * p.x_scales_stride, kTokens * 4, full);
 }
 
 template <int kTokens, bool kNorm, bool kFp8>
@@ -150,20 +143,19 @@ DEVICE void produce(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
 
 // ---- the norm ----
 
-// scale[token] = 1 / sqrt(mean of squares + eps) of a row of x; 0 for padding rows. Of the warpgroup's tokens.
-template <int kTokens, bool kFp8>
+// scale[token] = 1 / sqrt(mean of squares + eps) of a row of x; 0 for padding rows.
+template <int kTokens>
 DEVICE void row_scales(const GemvParams& p, float* scale) {
-  using Shape = GemvShape<kTokens, kFp8>;
   const int parts = p.k / kTileRows;
-  UNROLL for (int i = 0; i < Shape::kColumns / kWarpgroupWarps; i++) {
-    const int token = warpgroup<Shape>() * Shape::kColumns + i * kWarpgroupWarps + warp_id() % kWarpgroupWarps;
+  UNROLL for (int i = 0; i < kTokens / kWarpgroupWarps; i++) {
+    const int token = i * kWarpgroupWarps + warp_id();
     float sum = 0.f;
     if (token < p.rows)
       for (int part = lane_id(); part < parts; part += kWarp) sum += p.squares[token * parts + part];
     sum = warp_sum(sum);
     if (lane_id() == 0) scale[token] = token < p.rows ? rsqrt_approx(sum / p.k + p.eps) : 0.f;
   }
-  sync_warpgroup<Shape>();
+  sync_consumers();
 }
 
 // Normalises a step of x in place: 16 vectors of 8 for each token, so that a thread always has the same 8 of the weights.
@@ -186,7 +178,7 @@ DEVICE void normalise(const GemvParams& p, uint8_t* x, const uint16_t* norm, con
     }
   }
   fence_proxy_async();
-  sync_warpgroup<Shape>();
+  sync_consumers();
 }
 
 // ---- fp8: x on its way ----
@@ -194,24 +186,20 @@ DEVICE void normalise(const GemvParams& p, uint8_t* x, const uint16_t* norm, con
 // What a lane has of a step: 8 neighbours in k of each token of its warp, and of the norm weights.
 template <int kTokens>
 struct Neighbours {
-  static constexpr int kCount = GemvShape<kTokens, true>::kColumns / kWarpgroupWarps;
+  static constexpr int kCount = kTokens / kWarpgroupWarps;
   Bf16x8 x[kCount];
   Bf16x8 norm;
 };
 
 // The i-th token of this warp.
-template <int kTokens>
-DEVICE int token_of(int i) {
-  using Shape = GemvShape<kTokens, true>;
-  return warpgroup<Shape>() * Shape::kColumns + i * kWarpgroupWarps + warp_id() % kWarpgroupWarps;
-}
+DEVICE int token_of(int i) { return i * kWarpgroupWarps + warp_id(); }
 
 template <int kTokens, bool kNorm>
 DEVICE void read_x(const GemvParams& p, uint32_t step, Neighbours<kTokens>& n) {
   const int k = step * kStepBytes + lane_id() * 8;
   UNROLL for (int i = 0; i < Neighbours<kTokens>::kCount; i++) {
     n.x[i] = Bf16x8{};
-    if (k < p.k && token_of<kTokens>(i) < p.rows) n.x[i] = load8(p.x + (int64_t)token_of<kTokens>(i) * p.k + k);
+    if (k < p.k && token_of(i) < p.rows) n.x[i] = load8(p.x + (int64_t)token_of(i) * p.k + k);
   }
   if (kNorm && k < p.k) n.norm = load8(p.norm + k);
 }
@@ -224,7 +212,7 @@ DEVICE void quantise(const GemvParams& p, const Neighbours<kTokens>& n, const fl
   const int box = lane_id() / kGroupLanes, inside = lane_id() % kGroupLanes;
   const bool within = (int)step * kStepBytes + lane_id() * 8 < p.k;
   UNROLL for (int i = 0; i < Neighbours<kTokens>::kCount; i++) {
-    const int token = token_of<kTokens>(i), row = token % Shape::kColumns;
+    const int token = token_of(i);
     Bf16x8 x = n.x[i];
     float v[8];
     unpack8(x, v);
@@ -237,43 +225,40 @@ DEVICE void quantise(const GemvParams& p, const Neighbours<kTokens>& n, const fl
     }
     const float most = group_max(largest(v));
     uint8_t* at =
-        tile + box * (Shape::kBytesTile / 2) + row * kBoxBytes + ((inside / 2 ^ row % 8) * 16) + inside % 2 * 8;
+        tile + box * (Shape::kBytesTile / 2) + token * kBoxBytes + ((inside / 2 ^ token % 8) * 16) + inside % 2 * 8;
     store_e4m3(at, v, quantise_factor(most));
     if (inside == 0) token_scales[box * kTokens + token] = scale_of(most);
   }
   fence_proxy_async();
-  sync_warpgroup<Shape>();
+  sync_consumers();
 }
 
 // ---- the sums ----
 
 // Where a block keeps its part of a cut tile: of the tile that began before the block's share, or of the one that begins
-// inside of it. The parts are laid out as the accumulators are: [kColumns / 2][kConsumers].
-template <int kTokens, bool kFp8>
+// inside of it. The parts are laid out as the accumulators are: [kTokens / 2][kWarpgroup].
+template <int kTokens>
 DEVICE float* part(const GemvParams& p, const Deal& d, uint32_t block, uint32_t tile) {
   const uint32_t slot = 2 * block + (tile * d.per_tile >= first_step(d, block));
   return p.partial + (int64_t)slot * (kTokens * kTileRows) + thread_idx();
 }
 
 // Publishes this block's part of a cut tile. The last of the tile's blocks to come here gets true, and the whole sum.
-template <int kTokens, bool kFp8>
-DEVICE bool merge(const GemvParams& p, const Deal& d, uint32_t tile, uint32_t* ticket,
-                  float (&acc)[GemvShape<kTokens, kFp8>::kColumns / 2]) {
-  using Shape = GemvShape<kTokens, kFp8>;
-  constexpr int kSums = Shape::kColumns / 2, kConsumers = Shape::kConsumers;
+template <int kTokens>
+DEVICE bool merge(const GemvParams& p, const Deal& d, uint32_t tile, uint32_t* ticket, float (&acc)[kTokens / 2]) {
   const uint32_t first = block_of(d, tile * d.per_tile), last = block_of(d, (tile + 1) * d.per_tile - 1);
-  float* mine = part<kTokens, kFp8>(p, d, block_x(), tile);
-  UNROLL for (int i = 0; i < kSums; i++) mine[i * kConsumers] = acc[i];
+  float* mine = part<kTokens>(p, d, block_x(), tile);
+  UNROLL for (int i = 0; i < kTokens / 2; i++) mine[i * kWarpgroup] = acc[i];
   fence_device();
-  named_barrier_sync(kConsumerBarrier, kConsumers);
+  sync_consumers();
   if (thread_idx() == 0) *ticket = atomic_ticket(&p.ticket[tile], last - first);
-  named_barrier_sync(kConsumerBarrier, kConsumers);
+  sync_consumers();
   if (*ticket != last - first) return false;
   fence_device();
-  UNROLL for (int i = 0; i < kSums; i++) acc[i] = 0.f;
+  UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] = 0.f;
   for (uint32_t block = first; block <= last; block++) {
-    const float* theirs = part<kTokens, kFp8>(p, d, block, tile);
-    UNROLL for (int i = 0; i < kSums; i++) acc[i] += theirs[i * kConsumers];
+    const float* theirs = part<kTokens>(p, d, block, tile);
+    UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] += theirs[i * kWarpgroup];
   }
   return true;
 }
@@ -316,43 +301,36 @@ DEVICE float add_pair(const GemvParams& p, uint16_t* c, int column, const float 
 }
 
 // The sums of squares of this tile's 64 columns, from those of each thread's columns: over the lanes that share a token, then
-// over the warps in order. Of the warpgroup's tokens.
-template <int kTokens, bool kFp8>
-DEVICE void store_squares(const GemvParams& p, int tile, float* scratch,
-                          const float (&squares)[GemvShape<kTokens, kFp8>::kColumns / 4]) {
-  using Shape = GemvShape<kTokens, kFp8>;
-  constexpr int kColumns = Shape::kColumns;
-  scratch += warpgroup<Shape>() * kWarpgroupWarps * kColumns;
-  UNROLL for (int i = 0; i < kColumns / 4; i++) {
+// over the warps in order.
+template <int kTokens>
+DEVICE void store_squares(const GemvParams& p, int tile, float* scratch, const float (&squares)[kTokens / 4]) {
+  UNROLL for (int i = 0; i < kTokens / 4; i++) {
     float x = squares[i];
     UNROLL for (int m = 4; m < kWarp; m *= 2) x += shfl_xor(x, m);
-    if (lane_id() < 4) scratch[warp_id() % kWarpgroupWarps * kColumns + i / 2 * 8 + lane_id() * 2 + i % 2] = x;
+    if (lane_id() < 4) scratch[warp_id() * kTokens + i / 2 * 8 + lane_id() * 2 + i % 2] = x;
   }
-  sync_warpgroup<Shape>();
-  const int column = thread_idx() % kWarpgroup, token = warpgroup<Shape>() * kColumns + column;
-  if (column < kColumns && token < p.rows) {
+  sync_consumers();
+  const int token = thread_idx();
+  if (token < kTokens && token < p.rows) {
     float sum = 0.f;
-    UNROLL for (int w = 0; w < kWarpgroupWarps; w++) sum += scratch[w * kColumns + column];
+    UNROLL for (int w = 0; w < kWarpgroupWarps; w++) sum += scratch[w * kTokens + token];
     p.squares_out[token * (p.n / kTileRows) + tile] = sum;
   }
-  sync_warpgroup<Shape>();
+  sync_consumers();
 }
 
 template <int kTokens, Epilogue kEpilogue, bool kFp8>
-DEVICE void store(const GemvParams& p, int tile, float* scratch,
-                  const float (&acc)[GemvShape<kTokens, kFp8>::kColumns / 2]) {
-  using Shape = GemvShape<kTokens, kFp8>;
-  constexpr int kColumns = Shape::kColumns;
-  const int warp = warp_id() % kWarpgroupWarps;
+DEVICE void store(const GemvParams& p, int tile, float* scratch, const float (&acc)[kTokens / 2]) {
+  const int warp = warp_id();
   const int column = tile * kTileRows + warp * 16 + lane_id() / 4;
   float scale[2] = {1.f, 1.f};
   if (kFp8 && p.scales.rows && column < p.n) {
     UNROLL for (int half = 0; half < 2; half++) scale[half] = p.scales.rows[column + 8 * half];
   }
-  float squares[kColumns / 4];
-  UNROLL for (int i = 0; i < kColumns / 4; i++) {
+  float squares[kTokens / 4];
+  UNROLL for (int i = 0; i < kTokens / 4; i++) {
     squares[i] = 0.f;
-    const int token = warpgroup<Shape>() * kColumns + i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+    const int token = i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
     if (token >= p.rows) continue;
     float x[2] = {acc[i / 2 * 4 + i % 2], acc[i / 2 * 4 + i % 2 + 2]};
     if (kFp8) x[0] *= scale[0], x[1] *= scale[1];
@@ -367,7 +345,7 @@ DEVICE void store(const GemvParams& p, int tile, float* scratch,
       p.logits[(int64_t)token * p.n + column + 8] = x[1];
     }
   }
-  if (kEpilogue == kResidual) store_squares<kTokens, kFp8>(p, tile, scratch, squares);
+  if (kEpilogue == kResidual) store_squares<kTokens>(p, tile, scratch, squares);
 }
 
 // One step: 64 rows of w times kTokens rows of x.
@@ -384,29 +362,28 @@ DEVICE void multiply(float (&acc)[kTokens / 2], const uint8_t* w, const uint8_t*
 }
 
 // The same in e4m3, each box by itself.
-template <int kColumns>
-DEVICE void multiply_e4m3(float (&sums)[2][kColumns / 2], const uint8_t* w, const uint8_t* x) {
+template <int kTokens>
+DEVICE void multiply_e4m3(float (&sums)[2][kTokens / 2], const uint8_t* w, const uint8_t* x) {
   wgmma_fence();
   UNROLL for (int box = 0; box < 2; box++) {
     const uint64_t a = wgmma_descriptor(w + box * (kBytesW / 2), 16, 1024, kSwizzle128);
-    const uint64_t b = wgmma_descriptor(x + box * (kColumns * kBoxBytes), 16, 1024, kSwizzle128);
-    UNROLL for (int k = 0; k < kBoxBytes / 32; k++) wgmma_ss_e4m3<kColumns>(sums[box], a + 2 * k, b + 2 * k, k > 0);
+    const uint64_t b = wgmma_descriptor(x + box * (kTokens * kBoxBytes), 16, 1024, kSwizzle128);
+    UNROLL for (int k = 0; k < kBoxBytes / 32; k++) wgmma_ss_e4m3<kTokens>(sums[box], a + 2 * k, b + 2 * k, k > 0);
   }
   wgmma_commit();
 }
 
-// Adds a step's sums, scaled. `of_w`: [box][8], or null; `of_x`: [box][kTokens], from the warpgroup's first token on.
-template <int kTokens, int kColumns>
-DEVICE void add_scaled(float (&acc)[kColumns / 2], const float (&sums)[2][kColumns / 2], const float* of_w, int boxes,
+// Adds a step's sums, scaled. `of_w`: [box][8], or null; `of_x`: [box][kTokens].
+template <int kTokens>
+DEVICE void add_scaled(float (&acc)[kTokens / 2], const float (&sums)[2][kTokens / 2], const float* of_w, int boxes,
                        const float* of_x) {
   UNROLL for (int box = 0; box < 2; box++) {
     if (box >= boxes) continue;
     float w[2] = {1.f, 1.f};
     if (of_w) {
-      UNROLL for (int half = 0; half < 2; half++) w[half] =
-          of_w[box * (kTileRows / SCALE_ROWS) + warp_id() % kWarpgroupWarps * 2 + half];
+      UNROLL for (int half = 0; half < 2; half++) w[half] = of_w[box * (kTileRows / SCALE_ROWS) + warp_id() * 2 + half];
     }
-    UNROLL for (int i = 0; i < kColumns / 4; i++) {
+    UNROLL for (int i = 0; i < kTokens / 4; i++) {
       const float x = of_x[box * kTokens + i / 2 * 8 + lane_id() % 4 * 2 + i % 2];
       UNROLL for (int half = 0; half < 2; half++) {
         const int at = i / 2 * 4 + i % 2 + 2 * half;
@@ -427,7 +404,7 @@ DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
   pdl_wait();
   // Not before the wait: attn_decode, which may come next, reads ahead what earlier launches have written.
   pdl_launch_dependents();
-  if (kNorm) row_scales<kTokens, false>(p, scale);
+  if (kNorm) row_scales<kTokens>(p, scale);
   uint32_t step = begin;
   while (step < end) {
     const uint32_t tile = step / d.per_tile, from = step;
@@ -445,7 +422,7 @@ DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
       wgmma_wait<0>();
       if (lane_id() == 0) mbarrier_arrive(&empty[stage]);
     }
-    if (to - from == d.per_tile || merge<kTokens, false>(p, d, tile, ticket, acc))
+    if (to - from == d.per_tile || merge<kTokens>(p, d, tile, ticket, acc))
       store<kTokens, kEpilogue, false>(p, tile, scratch, acc);
   }
 }
@@ -453,44 +430,45 @@ DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
 template <int kTokens, bool kNorm, Epilogue kEpilogue>
 DEVICE void consume_fp8(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
   using Shape = GemvShape<kTokens, true>;
-  constexpr int kColumns = Shape::kColumns;
+  static_assert(Shape::kConverts || !kNorm);
   uint32_t* ticket = (uint32_t*)(shared + Shape::kTicket);
   float* scale = (float*)(shared + Shape::kScale);
   float* scratch = (float*)(shared + Shape::kSquares);
-  uint8_t* tiles = shared + Shape::kTiles + warpgroup<Shape>() * 2 * Shape::kBytesTile;
-  float* token_scales = (float*)(shared + Shape::kTokenScales);
   const Deal d = deal<true>(p);
   const uint32_t begin = first_step(d, block_x()), end = first_step(d, block_x() + 1);
   pdl_wait();
   // Not before the wait: see consume().
   pdl_launch_dependents();
   Neighbours<kTokens> neighbours;
-  read_x<kTokens, kNorm>(p, begin % d.per_tile, neighbours);
-  if (kNorm) row_scales<kTokens, true>(p, scale);
+  if (Shape::kConverts) read_x<kTokens, kNorm>(p, begin % d.per_tile, neighbours);
+  if (kNorm) row_scales<kTokens>(p, scale);
   uint32_t step = begin;
   while (step < end) {
     const uint32_t tile = step / d.per_tile, from = step;
     const uint32_t to = min_int(end, (tile + 1) * d.per_tile);
-    float acc[kColumns / 2];
-    UNROLL for (int i = 0; i < kColumns / 2; i++) acc[i] = 0.f;
+    float acc[kTokens / 2];
+    UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] = 0.f;
     for (; step < to; step++) {
       const uint32_t i = step - begin, stage = i % Shape::kStages, in_tile = step - tile * d.per_tile;
+      uint8_t* w = shared + stage * Shape::kStageBytes;
       // What was multiplied two steps ago may be written over: all have met since, in the quantise() of the last step.
-      uint8_t* x = tiles + i % 2 * Shape::kBytesTile;
-      float* of_x = token_scales + i % 2 * (2 * kTokens);
-      quantise<kTokens, kNorm>(p, neighbours, scale, in_tile, x, of_x);
-      if (step + 1 < end) read_x<kTokens, kNorm>(p, (step + 1) % d.per_tile, neighbours);
+      uint8_t* x = Shape::kConverts ? shared + Shape::kTiles + i % 2 * Shape::kBytesTile : w + kBytesW;
+      const uint32_t scales = Shape::kConverts ? i % 2 : stage;
+      float* of_x = (float*)(shared + Shape::kTokenScales + scales * Shape::kBytesTokenScales);
+      if constexpr (Shape::kConverts) {
+        quantise<kTokens, kNorm>(p, neighbours, scale, in_tile, x, of_x);
+        if (step + 1 < end) read_x<kTokens, kNorm>(p, (step + 1) % d.per_tile, neighbours);
+      }
       mbarrier_wait(&full[stage], i / Shape::kStages & 1);
-      float sums[2][kColumns / 2];
-      multiply_e4m3<kColumns>(sums, shared + stage * Shape::kStageBytes, x);
+      float sums[2][kTokens / 2];
+      multiply_e4m3<kTokens>(sums, w, x);
       wgmma_wait<0>();
       const float* of_w = (const float*)(shared + Shape::kBlocks + stage * Shape::kBytesBlocks);
-      add_scaled<kTokens, kColumns>(acc, sums, p.scales.blocks ? of_w : nullptr, boxes_within(p, in_tile),
-                                    of_x + warpgroup<Shape>() * kColumns);
+      add_scaled<kTokens>(acc, sums, p.scales.blocks ? of_w : nullptr, boxes_within(p, in_tile), of_x);
       sync_warp();  // others read scales, too
       if (lane_id() == 0) mbarrier_arrive(&empty[stage]);
     }
-    if (to - from == d.per_tile || merge<kTokens, true>(p, d, tile, ticket, acc))
+    if (to - from == d.per_tile || merge<kTokens>(p, d, tile, ticket, acc))
       store<kTokens, kEpilogue, true>(p, tile, scratch, acc);
   }
 }
@@ -501,22 +479,22 @@ DEVICE void gemv(const GemvParams& p) {
   uint8_t* shared = shared_memory();
   Barrier* full = (Barrier*)(shared + Shape::kBarriers);
   Barrier* empty = full + Shape::kStages;
-  if (thread_idx() == Shape::kConsumers) {
+  if (thread_idx() == kWarpgroup) {
     prefetch_tensor_map(&p.w_map);
-    if (!kFp8) prefetch_tensor_map(&p.x_map);
+    if (!Shape::kConverts) prefetch_tensor_map(&p.x_map);
     for (int s = 0; s < Shape::kStages; s++) {
       mbarrier_init(&full[s], 1);
-      mbarrier_init(&empty[s], Shape::kConsumers / kWarp);
+      mbarrier_init(&empty[s], kWarpgroupWarps);
     }
     mbarrier_init_fence();
   }
   sync_threads();
-  if (thread_idx() < Shape::kConsumers) {
+  if (thread_idx() < kWarpgroup) {
     if constexpr (kFp8)
       consume_fp8<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
     else
       consume<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
-  } else if (thread_idx() == Shape::kConsumers) {
+  } else if (thread_idx() == kWarpgroup) {
     produce<kTokens, kNorm, kFp8>(p, shared, full, empty);
   }
 }
@@ -546,19 +524,19 @@ KERNEL(gemv_logits_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kLogits>(p);
 KERNEL(gemv_fp8_norm_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kPlain, true>(p); }
 KERNEL(gemv_fp8_norm_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kPlain, true>(p); }
 KERNEL(gemv_fp8_norm_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kPlain, true>(p); }
-KERNEL(gemv_fp8_norm_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, true, kPlain, true>(p); }
+KERNEL(gemv_fp8_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kPlain, true>(p); }
 KERNEL(gemv_fp8_norm_rope_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kRope, true>(p); }
 KERNEL(gemv_fp8_norm_rope_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kRope, true>(p); }
 KERNEL(gemv_fp8_norm_rope_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kRope, true>(p); }
-KERNEL(gemv_fp8_norm_rope_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, true, kRope, true>(p); }
+KERNEL(gemv_fp8_rope_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kRope, true>(p); }
 KERNEL(gemv_fp8_norm_silu_m8, GemvParams, GEMV_THREADS) { gemv<8, true, kSilu, true>(p); }
 KERNEL(gemv_fp8_norm_silu_m16, GemvParams, GEMV_THREADS) { gemv<16, true, kSilu, true>(p); }
 KERNEL(gemv_fp8_norm_silu_m32, GemvParams, GEMV_THREADS) { gemv<32, true, kSilu, true>(p); }
-KERNEL(gemv_fp8_norm_silu_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, true, kSilu, true>(p); }
+KERNEL(gemv_fp8_silu_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kSilu, true>(p); }
 KERNEL(gemv_fp8_residual_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kResidual, true>(p); }
 KERNEL(gemv_fp8_residual_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kResidual, true>(p); }
 KERNEL(gemv_fp8_residual_m32, GemvParams, GEMV_THREADS) { gemv<32, false, kResidual, true>(p); }
-KERNEL(gemv_fp8_residual_m64, GemvParams, GEMV_FP8_THREADS_M64) { gemv<64, false, kResidual, true>(p); }
+KERNEL(gemv_fp8_residual_m64, GemvParams, GEMV_THREADS) { gemv<64, false, kResidual, true>(p); }
 // Without what is fused: for ponder study ablation.
 KERNEL(gemv_m8, GemvParams, GEMV_THREADS) { gemv<8, false, kPlain>(p); }
 KERNEL(gemv_m16, GemvParams, GEMV_THREADS) { gemv<16, false, kPlain>(p); }

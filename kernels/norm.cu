@@ -1,6 +1,7 @@
 // rms_norm: RMS normalisation of rows of up to 8192 (a multiple of 8). Decode normalises in its products (gemv.cu); where it is not
 // to (ponder study ablation), rms_norm_summed takes the sums of squares that they would have taken, in their order: no bit differs.
-// rms_norm_fp8: in e4m3 with scales (fp8.cuh), for a product of prefill whose weights are fp8.
+// rms_norm_fp8: in e4m3 with scales (fp8.cuh), for a product of prefill whose weights are fp8; rms_norm_summed_fp8 for one of
+// decode with more rows than it converts itself.
 //
 // Grid: one block per row. Each thread keeps its vectors of 8 in registers between the two passes, so that a row is read
 // from memory once; the weight, which no kernel writes, is loaded before waiting for the previous kernel.
@@ -73,3 +74,4 @@ DEVICE void norm(const NormParams& p) {
 KERNEL(rms_norm, NormParams, NORM_THREADS) { norm<false, false>(p); }
 KERNEL(rms_norm_summed, NormParams, NORM_THREADS) { norm<true, false>(p); }
 KERNEL(rms_norm_fp8, NormParams, NORM_THREADS) { norm<false, true>(p); }
+KERNEL(rms_norm_summed_fp8, NormParams, NORM_THREADS) { norm<true, true>(p); }

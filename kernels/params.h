@@ -27,9 +27,8 @@ enum {
   NORM_THREADS = 128,
   ROPE_THREADS = 128,
   UNFUSED_THREADS = 128,
-  GEMM_THREADS = 384,          // one producer and two consumer warpgroups
-  GEMV_THREADS = 160,          // one consumer warpgroup and one warp that loads
-  GEMV_FP8_THREADS_M64 = 288,  // two and one
+  GEMM_THREADS = 384,  // one producer and two consumer warpgroups
+  GEMV_THREADS = 160,  // one consumer warpgroup and one warp that loads
   QUANTISE_THREADS = 128,
   ATTN_PREFILL_THREADS_D64 = 512,   // one producer and three consumer warpgroups
   ATTN_PREFILL_THREADS_D128 = 384,  // and two
@@ -49,7 +48,7 @@ enum {
   GEMV_FP8_SHARED_M8 = 86720,
   GEMV_FP8_SHARED_M16 = 91104,
   GEMV_FP8_SHARED_M32 = 99872,
-  GEMV_FP8_SHARED_M64 = 117408,
+  GEMV_FP8_SHARED_M64 = 101376,
   ATTN_PREFILL_SHARED_D64 = 180424,
   ATTN_PREFILL_SHARED_D128 = 229528,
   ATTN_DECODE_SHARED_D64 = 84616,
@@ -279,7 +278,7 @@ typedef struct WeightScales {
 } WeightScales;
 
 // rms_norm: out[i] = norm(x[row_index[i]]); rms_norm_summed knows the sums of squares already;
-// rms_norm_fp8 makes e4m3 with scales.
+// rms_norm_fp8 and rms_norm_summed_fp8 make e4m3 with scales.
 // The norm is as the reference implementation rounds it: bf16(bf16(x * rsqrt(mean x^2 + eps)) * weight).
 typedef struct NormParams {
   const uint16_t* x;         // [any][hidden]
@@ -352,27 +351,29 @@ typedef struct __attribute__((aligned(64))) GemmParams {
 
 // gemv_*_m<tokens>: c = x w^T for decode (1 to 64 rows): streams w once. The same w as the prefill product's; k a multiple of
 // 64, n of 16, or of 64 for rope, residual and fp8. norm: x is RMS-normalised on its way, as rms_norm does it. fp8: w in e4m3, and
-// x becomes it on its way, behind the norm.
+// x becomes it on its way, behind the norm; for 64 tokens it comes in e4m3.
 // Results: none (c, with bias), rope (q and the KV pages, with bias), silu (interleaved as above), residual (added to c), logits
 // (fp32, of gate and up as well where silu is apart). The steps of 128 k (fp8: 256) of all tiles of 64 weight rows are dealt
 // evenly to the blocks; where a tile is cut, its parts are summed in order by the last block that finishes one. The grid has at
 // most as many blocks as there are such steps.
 typedef struct __attribute__((aligned(64))) GemvParams {
-  TensorMap w_map;       // w [n][k], box 64 (k) x 64 rows, swizzle 128; fp8: pairs [n][k / 2]
-  TensorMap x_map;       // x [rows][k], box 64 (k) x tokens rows, swizzle 128 (but fp8)
-  const uint16_t* x;     // [rows][k] (fp8)
-  WeightScales scales;   // (fp8)
-  const uint16_t* norm;  // [k] (norm)
-  const float* squares;  // [rows][k / 64] (norm): sums of squares of 64 neighbours in x
-  const uint16_t* bias;  // [n] or null (none, rope, residual)
-  uint16_t* c;           // [rows][n], or [rows][n / 2] for silu
-  float* squares_out;    // [rows][n / 64] (residual): the same of the new c
-  float* logits;         // [rows][n] (logits)
-  float* partial;        // [grid_x * 2][tokens][64] workspace: the parts of cut tiles
-  uint32_t* ticket;      // [ceil(n / 64)] zero between launches
-  Rope rope;             // (rope)
+  TensorMap w_map;        // w [n][k], box 64 (k) x 64 rows, swizzle 128; fp8: pairs [n][k / 2]
+  TensorMap x_map;        // x [rows][k], box 64 (k) x tokens rows, swizzle 128; in e4m3: pairs [rows][k / 2]
+  const uint16_t* x;      // [rows][k] (fp8, up to 32 tokens, which do not use the map)
+  const float* x_scales;  // [k / SCALE_GROUP, rounded up][x_scales_stride] (fp8, 64 tokens)
+  WeightScales scales;    // (fp8)
+  const uint16_t* norm;   // [k] (norm)
+  const float* squares;   // [rows][k / 64] (norm): sums of squares of 64 neighbours in x
+  const uint16_t* bias;   // [n] or null (none, rope, residual)
+  uint16_t* c;            // [rows][n], or [rows][n / 2] for silu
+  float* squares_out;     // [rows][n / 64] (residual): the same of the new c
+  float* logits;          // [rows][n] (logits)
+  float* partial;         // [grid_x * 2][tokens][64] workspace: the parts of cut tiles
+  uint32_t* ticket;       // [ceil(n / 64)] zero between launches
+  Rope rope;              // (rope)
   int32_t rows, n, k;
-  float eps;  // (norm)
+  int32_t x_scales_stride;  // at least 64, a multiple of 4
+  float eps;                // (norm)
 } GemvParams;
 
 // add_residual: residual += x, rounded as gemv_residual rounds it.
@@ -499,6 +500,7 @@ extern "C" {
 KERNEL_PROTOTYPE(embed, EmbedParams)
 KERNEL_PROTOTYPE(rms_norm, NormParams)
 KERNEL_PROTOTYPE(rms_norm_fp8, NormParams)
+KERNEL_PROTOTYPE(rms_norm_summed_fp8, NormParams)
 KERNEL_PROTOTYPE(quantise, QuantiseParams)
 KERNEL_PROTOTYPE(quantise_weight, QuantiseWeightParams)
 KERNEL_PROTOTYPE(rms_norm_summed, NormParams)
@@ -572,15 +574,15 @@ KERNEL_PROTOTYPE(gemv_logits_m64, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_m32, GemvParams)
-KERNEL_PROTOTYPE(gemv_fp8_norm_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_m64, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m32, GemvParams)
-KERNEL_PROTOTYPE(gemv_fp8_norm_rope_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_rope_m64, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m32, GemvParams)
-KERNEL_PROTOTYPE(gemv_fp8_norm_silu_m64, GemvParams)
+KERNEL_PROTOTYPE(gemv_fp8_silu_m64, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_residual_m8, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_residual_m16, GemvParams)
 KERNEL_PROTOTYPE(gemv_fp8_residual_m32, GemvParams)

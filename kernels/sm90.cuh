@@ -24,6 +24,7 @@ constexpr uint32_t kFullMask = 0xffffffffu;
 #ifndef __CUDACC__
 #include "simt/sm90.h"
 #else
+#include <initializer_list>
 
 // ---- where am I ----
 
@@ -622,12 +623,21 @@ WGMMA(128, f16, 64, 64, 65, 66, 67, 68, 69, 70)
 WGMMA_E4M3(8, 4, 4, 5, 6)
 WGMMA_E4M3(16, 8, 8, 9, 10)
 WGMMA_E4M3(32, 16, 16, 17, 18)
+WGMMA_E4M3(64, 32, 32, 33, 34)
 WGMMA_E4M3(96, 48, 48, 49, 50)
 WGMMA_E4M3(128, 64, 64, 65, 66)
 WGMMA_E4M3(192, 96, 96, 97, 98)
 
+// A product of another width would compile, to nothing.
+constexpr bool one_of(int n, std::initializer_list<int> widths) {
+  for (int width : widths)
+    if (width == n) return true;
+  return false;
+}
+
 template <int N, int kMajorMNofA, int kMajorMNofB>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(one_of(N, {8, 16, 24, 32, 64, 96, 128, 160, 192, 256}), "no instruction of this width");
   if constexpr (N == 8) wgmma_ss_8_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
   if constexpr (N == 16) wgmma_ss_16_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
   if constexpr (N == 24) wgmma_ss_24_bf16<kMajorMNofA, kMajorMNofB>(d, a, b, accumulate);
@@ -641,6 +651,7 @@ DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate)
 }
 template <int N, int kMajorMNofB>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(one_of(N, {8, 16, 24, 32, 64, 96, 128, 160, 192, 256}), "no instruction of this width");
   if constexpr (N == 8) wgmma_rs_8_bf16<kMajorMNofB>(d, a, b, accumulate);
   if constexpr (N == 16) wgmma_rs_16_bf16<kMajorMNofB>(d, a, b, accumulate);
   if constexpr (N == 24) wgmma_rs_24_bf16<kMajorMNofB>(d, a, b, accumulate);
@@ -654,18 +665,22 @@ DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 }
 template <int N>
 DEVICE void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(one_of(N, {128}), "no instruction of this width");
   if constexpr (N == 128) wgmma_ss_128_f16<0, 0>(d, a, b, accumulate);
 }
 template <int N, int kMajorMNofB>
 DEVICE void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(one_of(N, {64, 128}), "no instruction of this width");
   if constexpr (N == 64) wgmma_rs_64_f16<kMajorMNofB>(d, a, b, accumulate);
   if constexpr (N == 128) wgmma_rs_128_f16<kMajorMNofB>(d, a, b, accumulate);
 }
 template <int N>
 DEVICE void wgmma_ss_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(one_of(N, {8, 16, 32, 64, 96, 128, 192}), "no instruction of this width");
   if constexpr (N == 8) wgmma_ss_8_e4m3(d, a, b, accumulate);
   if constexpr (N == 16) wgmma_ss_16_e4m3(d, a, b, accumulate);
   if constexpr (N == 32) wgmma_ss_32_e4m3(d, a, b, accumulate);
+  if constexpr (N == 64) wgmma_ss_64_e4m3(d, a, b, accumulate);
   if constexpr (N == 96) wgmma_ss_96_e4m3(d, a, b, accumulate);
   if constexpr (N == 128) wgmma_ss_128_e4m3(d, a, b, accumulate);
   if constexpr (N == 192) wgmma_ss_192_e4m3(d, a, b, accumulate);

@@ -44,6 +44,22 @@ fn together_as_alone() {
     }
 }
 
+/// Weights in fp8, and so many rows that a launch of its own makes fp8 of what a product reads: as each row alone, whose product does
+/// it on its way.
+#[test]
+fn many_together_as_alone_in_fp8() {
+    let options = ExecutorOptions { quantize: true, max_slots: 49, deterministic: true, ..Default::default() };
+    let mut engine = modulo::engine_with(&ThinkingChoice::Auto, &options);
+    let requests: Vec<Request> = (0..48).map(|i| ask(&engine, i, 8)).collect();
+    let together = answer_all(&mut engine, &requests);
+    for i in [0, 17, 40, 47] {
+        let alone = answer_all(&mut engine, &requests[i..=i]).remove(0);
+        let numbers =
+            |answer: &Answer| answer.tokens.iter().map(|t| (t.token, t.logprob.to_bits())).collect::<Vec<_>>();
+        assert_eq!(numbers(&alone), numbers(&together[i]), "{i}");
+    }
+}
+
 /// The same seed gives the same answer, another seed another one.
 #[test]
 fn seeds_decide() {

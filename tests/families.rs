@@ -81,6 +81,13 @@ impl Folder {
         std::fs::create_dir_all(&path).unwrap();
         Folder(path)
     }
+
+    /// A file of safetensors.
+    fn write(&self, name: &str, header: Map<String, Value>, data: &[u8]) {
+        let header = Value::Object(header).to_string();
+        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat();
+        std::fs::write(self.0.join(name), bytes).unwrap();
+    }
 }
 
 impl Drop for Folder {
@@ -197,9 +204,7 @@ fn quantised_at_load_is_as_quantised_before() {
         add(name, "F8_E4M3", &tensor.shape, &rows);
         add(&format!("{name}_scale"), "F32", &[scales.len(), 1], bytemuck::cast_slice(&scales));
     }
-    let header = Value::Object(header).to_string();
-    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-    std::fs::write(narrow.0.join("model.safetensors"), bytes).unwrap();
+    narrow.write("model.safetensors", header, &data);
     let logits = |folder: &Folder, quantize: bool| {
         let options = ExecutorOptions { graphs: false, quantize, ..Default::default() };
         let mut runner = golden.runner_with(&serving(), folder, options);
@@ -242,9 +247,7 @@ fn matrices_of_two_types_are_refused() {
         };
         header.insert(name, json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, data.len()]}));
     }
-    let header = Value::Object(header).to_string();
-    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-    std::fs::write(folder.0.join("model.safetensors"), bytes).unwrap();
+    folder.write("model.safetensors", header, &data);
     let checkpoint = Checkpoint::open(&folder.0).unwrap();
     for quantize in [false, true] {
         let types = Weights::from(&checkpoint).types(&golden.config(), quantize);
@@ -305,9 +308,7 @@ fn rewrite(golden: &Golden, folder: &Folder, dtype: &str, shards: usize, number:
         header.insert(name, json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, data.len()]}));
     }
     for (i, (header, data)) in files.into_iter().enumerate() {
-        let header = Value::Object(header).to_string();
-        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-        std::fs::write(folder.0.join(format!("{i}.safetensors")), bytes).unwrap();
+        folder.write(&format!("{i}.safetensors"), header, &data);
     }
     std::fs::write(folder.0.join("model.safetensors.index.json"), json!({"weight_map": index}).to_string()).unwrap();
 }
@@ -389,9 +390,7 @@ fn matrices_larger_than_a_piece() {
     let truth: Vec<f32> = times(&head, &normed(&sum, &last_norm)).iter().map(|&x| x as f32).collect();
 
     let folder = Folder::new("pieces");
-    let header = Value::Object(header).to_string();
-    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-    std::fs::write(folder.0.join("model.safetensors"), bytes).unwrap();
+    folder.write("model.safetensors", header, &data);
     let golden = Golden { config, ..Golden::load("llama") };
     let (_, logits) = golden.runner(&folder).prefill(&[TOKEN as u32], 512, 1);
     let error = worst(&logits, &truth);

@@ -278,7 +278,7 @@ fn gemm_walks_over_many_tiles() {
 // ---- decode ----
 
 /// Leaves in the workspace the sums of squares of x [rows][k]: a product that adds nothing to it.
-fn sum_squares(device: &Device, x: &Buffer, rows: u32, k: usize, workspace: &Workspace) {
+pub fn sum_squares(device: &Device, x: &Buffer, rows: u32, k: usize, workspace: &Workspace) {
     let zero = Arc::new(upload(device, &vec![bf16::ZERO; k * 64]));
     let zero = Linear::new(device, zero, None, k, 64).unwrap();
     let ones = upload(device, &vec![bf16::ONE; rows as usize * 64]);
@@ -293,6 +293,27 @@ fn normed(random: &mut Random, rows: usize, weight: &[bf16]) -> (Vec<bf16>, Vec<
     let x = (0..rows * k).map(|i| bf16::from_f32(signs[i] * [0.25, 1.0, 8.0][i / k % 3]));
     let normed = (0..rows * k).map(|i| bf16::from_f32(signs[i] * weight[i % k].to_f32()));
     (x.collect(), normed.collect())
+}
+
+/// The launches of a product of x [rows][k] or, with a norm, of what it makes of x, whose squares are in the workspace. `room` is
+/// for x in e4m3.
+fn product(
+    device: &Device,
+    (x, norm, room): (&Buffer, Option<&Norm>, &Quantised),
+    w: &Linear,
+    rows: u32,
+    output: Output,
+    workspace: &Workspace,
+) -> Vec<Launch> {
+    let gemv = |input: Input| ops::gemv(device, input, w, rows, output, workspace).unwrap();
+    if !ops::gemv_reads_fp8(w, rows) {
+        return vec![gemv(norm.map_or(Input::Plain(x), |norm| Input::Normed(x, norm)))];
+    }
+    let before = match norm {
+        Some(norm) => ops::rms_norm_summed_fp8(x, norm, rows, room, workspace),
+        None => ops::quantise(x, w.k(), rows, room),
+    };
+    vec![before, gemv(Input::Fp8(room))]
 }
 
 /// `grid`: blocks, no more than the device has processors.
@@ -317,15 +338,18 @@ fn gemv(device: &Device, random: &mut Random, [rows, n, k]: [usize; 3], epilogue
     }
     let width = if epilogue == Epilogue::Silu { n / 2 } else { n };
     let c = device.alloc(rows * width * 2).unwrap();
-    let (input, output) = match epilogue {
-        Epilogue::Residual => (Input::Plain(&x), Output::Residual(&c)),
-        Epilogue::Silu => (Input::Normed(&x, &norm), Output::Silu(&c)),
-        _ => (Input::Normed(&x, &norm), Output::Matrix(&c)),
+    let output = match epilogue {
+        Epilogue::Residual => Output::Residual(&c),
+        Epilogue::Silu => Output::Silu(&c),
+        _ => Output::Matrix(&c),
     };
-    let mut launch = ops::gemv(device, input, &linear, rows as u32, output, &workspace).unwrap();
-    launch.grid[0] = grid.min(launch.grid[0]);
+    let room = Quantised::new(device, rows as u32, k).unwrap();
+    let input = (&x, (!adds).then_some(&norm), &room);
+    let mut launches = product(device, input, &linear, rows as u32, output, &workspace);
+    let blocks = &mut launches.last_mut().expect("the product").grid[0];
+    *blocks = grid.min(*blocks);
     let before = if adds { extra.clone() } else { vec![bf16::NAN; rows * width] };
-    check(&run(device, &[launch], &c, &before, &what), &truth(&seen, &w, epilogue, &extra), &what);
+    check(&run(device, &launches, &c, &before, &what), &truth(&seen, &w, epilogue, &extra), &what);
 }
 
 #[test]
@@ -395,8 +419,9 @@ fn gemv_rotates_and_appends_as_rope_append_does() {
                 let pages = cache.layer(0);
                 let into = RopeInto { heads, cos_sin: &cos_sin, rows: &rows_of, pages: &pages, q: &q };
                 let output = if fused { Output::Rope(&into) } else { Output::Matrix(&qkv) };
-                let product = ops::gemv(&device, Input::Normed(&x, &norm), &linear, count, output, &workspace).unwrap();
-                device.launch(&product).unwrap();
+                let room = Quantised::new(&device, count, k).unwrap();
+                let launches = product(&device, (&x, Some(&norm), &room), &linear, count, output, &workspace);
+                launches.iter().for_each(|launch| device.launch(launch).unwrap());
                 if !fused {
                     device.launch(&ops::rope_append(&qkv, None, &into)).unwrap();
                 }

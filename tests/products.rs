@@ -5,6 +5,7 @@
 //! through exp, the kernels must return exactly the truth.
 
 use crate::devices::{devices, download, upload};
+use crate::fp8_products::sum_squares;
 use crate::random::Random;
 use crate::reference::{Epilogue, linear};
 use half::bf16;
@@ -449,14 +450,8 @@ fn gemv_normalises_rotates_and_appends_as_kernels_apart_do() {
             let w = Linear::new(&device, weight, Some(upload(&device, &decode.case.extra).into()), n, k).unwrap();
             let norm = Norm { weight: upload(&device, &decode.norm).into(), eps: 0.0 };
             let workspace = Workspace::new(&device, n, k, heads, None).unwrap();
-            // A residual product leaves the sums of squares: of x, if it adds nothing to it.
-            let x = upload(&device, &decode.x);
-            let zero = Arc::new(upload(&device, &vec![bf16::ZERO; k * 64]));
-            let zero = Linear::new(&device, zero, None, k, 64).unwrap();
-            let ones = upload(&device, &vec![bf16::ONE; rows * 64]);
-            let count = rows as u32;
-            let adds = ops::gemv(&device, Input::Plain(&ones), &zero, count, Output::Residual(&x), &workspace).unwrap();
-            device.launch(&adds).unwrap();
+            let (x, count) = (upload(&device, &decode.x), rows as u32);
+            sum_squares(&device, &x, count, k, &workspace);
 
             let of_row = |i: usize| positions[i % positions.len()];
             let slot = upload(&device, &(1..=rows as i32).collect::<Vec<_>>());

@@ -357,6 +357,8 @@ impl Bench<'_> {
         let norm = Norm { weight: self.random(k as usize, 1.0)?.into(), eps: 1e-6 };
         let cos_sin = self.random_f32((100 * s.heads.dim) as usize, 1.0)?;
         let workspace = Workspace::new(self.device, n as usize, n.max(k) as usize, s.heads, None)?;
+        let quantised = Quantised::new(self.device, MAX_DECODE_ROWS, k as usize)?;
+        self.device.launch(&ops::quantise(&x, k as usize, MAX_DECODE_ROWS, &quantised))?;
         for shape in wanted {
             let count = shape[0].1;
             let sequences = self.sequences(s.heads, KvType::Bf16, &vec![(99, 1); count as usize])?;
@@ -373,6 +375,7 @@ impl Bench<'_> {
                 "head" => (Input::Plain(&x), Output::Logits(&out)),
                 _ => (Input::Plain(&x), Output::Residual(&out)),
             };
+            let input = if ops::gemv_reads_fp8(&w, count) { Input::Fp8(&quantised) } else { input };
             let launch = ops::gemv(self.device, input, &w, count, output, &workspace)?;
             self.measure(op, name, &shape, &launch)?;
         }
@@ -477,16 +480,20 @@ impl Bench<'_> {
             let out = self.device.alloc(count as usize * hidden * 2)?;
             self.measure("norm", "norm", &shape, &ops::rms_norm(&x, &norm, None, count, &out))?;
         }
-        for (name, k) in [("norm_fp8", s.hidden), ("quantise", s.intermediate)] {
-            for shape in
-                self.wanted("norm", name, s.sizes.prefill_rows.iter().map(|&rows| [("rows", rows), ("hidden", k)]))
-            {
+        let workspace = Workspace::new(self.device, 1, hidden, s.heads, None)?;
+        for (name, k, rows) in [
+            ("norm_fp8", s.hidden, s.sizes.prefill_rows),
+            ("norm_summed_fp8", s.hidden, s.sizes.decode_rows),
+            ("quantise", s.intermediate, s.sizes.prefill_rows),
+        ] {
+            for shape in self.wanted("norm", name, rows.iter().map(|&rows| [("rows", rows), ("hidden", k)])) {
                 let (count, k) = (shape[0].1, k as usize);
                 let x = self.random(count as usize * k, 1.0)?;
                 let out = Quantised::new(self.device, count, k)?;
                 let launch = match name {
-                    "quantise" => ops::quantise(&x, k, count, &out),
-                    _ => ops::rms_norm_fp8(&x, &norm, count, &out),
+                    "norm_fp8" => ops::rms_norm_fp8(&x, &norm, count, &out),
+                    "norm_summed_fp8" => ops::rms_norm_summed_fp8(&x, &norm, count, &out, &workspace),
+                    _ => ops::quantise(&x, k, count, &out),
                 };
                 self.measure("norm", name, &shape, &launch)?;
             }
