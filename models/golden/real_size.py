@@ -1,9 +1,9 @@
 """Writes a checkpoint of random weights in the shape of any config.json: many gigabytes that nobody has to fetch or keep.
 
-    python3 models/golden/real_size.py benches/models/qwen2.5-7b FOLDER
+    python3 models/golden/real_size.py benches/models/qwen2.5-7b FOLDER [--dtype BF16]
 
-FOLDER gets config.json, safetensors files of at most 4 GiB (bf16), their index, and a tokenizer whose words are the numbers of the
-tokens. Deviations are those of golden.py, made independent of the model's width: activations stay near 1, so that the logits say
+FOLDER gets config.json, safetensors files of at most 4 GiB (in bf16; F16 and F32 are for the loader's sake), their index, and a
+tokenizer whose words are the numbers of the tokens. Deviations are those of golden.py, made independent of the model's width: activations stay near 1, so that the logits say
 whether a kernel is right at this size (agreement.py).
 
 Needs numpy; not needed to build or test.
@@ -56,12 +56,12 @@ def tensors_of(config):
         yield ("lm_head.weight", [vocab, h], 0, table)
 
 
-def shards(tensors):
-    """Lists of tensors, each with the elements before it in its file."""
+def shards(tensors, size):
+    """Lists of tensors, each with the elements before it in its file, of `size` bytes each."""
     files, at = [[]], 0
     for tensor in tensors:
         elements = int(np.prod(tensor[1]))
-        if files[-1] and (at + elements) * 2 > SHARD_BYTES:
+        if files[-1] and (at + elements) * size > SHARD_BYTES:
             files.append([])
             at = 0
         files[-1].append((tensor, at))
@@ -69,24 +69,37 @@ def shards(tensors):
     return files
 
 
-def bf16(count, mean, deviation, seed):
-    """Bytes of so many random numbers, rounded to the nearest."""
+def bf16(numbers):
+    """Bits of float32 rounded to the nearest."""
+    bits = numbers.view(np.uint32)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return (bits >> 16).astype("<u2")
+
+
+# Bytes of a number, and what makes them of float32.
+DTYPES = {"BF16": (2, bf16), "F16": (2, lambda numbers: numbers.astype("<f2")), "F32": (4, lambda numbers: numbers)}
+
+
+def random(count, mean, deviation, seed):
     numbers = np.random.Generator(np.random.SFC64(seed)).standard_normal(count, np.float32)
     numbers *= np.float32(deviation)
     numbers += np.float32(mean)
-    bits = numbers.view(np.uint32)
-    bits += 0x7FFF + ((bits >> 16) & 1)
-    return (bits >> 16).astype("<u2").tobytes()
+    return numbers
 
 
-def write(folder, config):
+def write(folder, config, dtype="BF16"):
     folder.mkdir(parents=True, exist_ok=True)
-    files, index, seeds = shards(tensors_of(config)), {}, itertools.count()
+    size, encode = DTYPES[dtype]
+    files, index, seeds = shards(tensors_of(config), size), {}, itertools.count()
     with ThreadPoolExecutor() as pool:
         for i, tensors in enumerate(files):
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
             header = {
-                tensor: {"dtype": "BF16", "shape": shape, "data_offsets": [at * 2, (at + int(np.prod(shape))) * 2]}
+                tensor: {
+                    "dtype": dtype,
+                    "shape": shape,
+                    "data_offsets": [at * size, (at + int(np.prod(shape))) * size],
+                }
                 for (tensor, shape, _, _), at in tensors
             }
             index.update(dict.fromkeys(header, name))
@@ -98,7 +111,8 @@ def write(folder, config):
 
                 def make(work):
                     at, count, mean, deviation, seed = work
-                    os.pwrite(file.fileno(), bf16(count, mean, deviation, seed), 8 + len(text) + at * 2)
+                    numbers = encode(random(count, mean, deviation, seed))
+                    os.pwrite(file.fileno(), numbers.tobytes(), 8 + len(text) + at * size)
 
                 work = [
                     (at + begin, min(CHUNK, int(np.prod(shape)) - begin), mean, deviation, next(seeds))
@@ -132,8 +146,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with a config.json")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="BF16")
     args = parser.parse_args()
-    total = write(args.folder, json.loads((args.model / "config.json").read_text()))
+    total = write(args.folder, json.loads((args.model / "config.json").read_text()), args.dtype)
     print(f"{args.folder}: {total / 1e9:.2f} GB")
 
 
