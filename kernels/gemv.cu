@@ -393,83 +393,77 @@ DEVICE void add_scaled(float (&acc)[kTokens / 2], const float (&sums)[2][kTokens
   }
 }
 
-template <int kTokens, bool kNorm, Epilogue kEpilogue>
-DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
+// One step in bf16, the `in_tile`-th of its tile: adds to acc, or sets it if it is the block's `first` of that tile.
+template <int kTokens, bool kNorm>
+DEVICE void multiply_step(const GemvParams& p, uint8_t* shared, int stage, uint32_t in_tile, const float* scale,
+                          bool first, float (&acc)[kTokens / 2]) {
   using Shape = GemvShape<kTokens, false>;
+  uint8_t* w = shared + stage * Shape::kStageBytes;
+  uint8_t* x = w + kBytesW;
+  if (kNorm)
+    normalise<kTokens>(p, x, (const uint16_t*)(shared + Shape::kNorm + stage * Shape::kBytesNorm), scale, in_tile);
+  multiply<kTokens>(acc, w, x, !first);
+  wgmma_wait<0>();
+}
+
+// One step in fp8: adds to acc. `x` in e4m3, and its scales.
+template <int kTokens>
+DEVICE void multiply_step_fp8(const GemvParams& p, uint8_t* shared, int stage, uint32_t in_tile, const uint8_t* x,
+                              const float* of_x, float (&acc)[kTokens / 2]) {
+  using Shape = GemvShape<kTokens, true>;
+  float sums[2][kTokens / 2];
+  multiply_e4m3<kTokens>(sums, shared + stage * Shape::kStageBytes, x);
+  wgmma_wait<0>();
+  const float* of_w = (const float*)(shared + Shape::kBlocks + stage * Shape::kBytesBlocks);
+  add_scaled<kTokens>(acc, sums, p.scales.blocks ? of_w : nullptr, boxes_within(p, in_tile), of_x);
+  sync_warp();  // others read scales, too
+}
+
+template <int kTokens, bool kNorm, Epilogue kEpilogue, bool kFp8>
+DEVICE void consume(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
+  using Shape = GemvShape<kTokens, kFp8>;
+  static_assert(!kNorm || !kFp8 || Shape::kConverts);
   uint32_t* ticket = (uint32_t*)(shared + Shape::kTicket);
   float* scale = (float*)(shared + Shape::kScale);
   float* scratch = (float*)(shared + Shape::kSquares);
-  const Deal d = deal<false>(p);
+  const Deal d = deal<kFp8>(p);
   const uint32_t begin = first_step(d, block_x()), end = first_step(d, block_x() + 1);
   pdl_wait();
   // Not before the wait: attn_decode, which may come next, reads ahead what earlier launches have written.
   pdl_launch_dependents();
-  if (kNorm) row_scales<kTokens>(p, scale);
-  uint32_t step = begin;
-  while (step < end) {
-    const uint32_t tile = step / d.per_tile, from = step;
-    const uint32_t to = min_int(end, (tile + 1) * d.per_tile);
-    float acc[kTokens / 2];
-    for (; step < to; step++) {
-      const uint32_t i = step - begin, stage = i % Shape::kStages;
-      mbarrier_wait(&full[stage], i / Shape::kStages & 1);
-      uint8_t* w = shared + stage * Shape::kStageBytes;
-      uint8_t* x = w + kBytesW;
-      if (kNorm)
-        normalise<kTokens>(p, x, (const uint16_t*)(shared + Shape::kNorm + stage * Shape::kBytesNorm), scale,
-                           step - tile * d.per_tile);
-      multiply<kTokens>(acc, w, x, step > from);
-      wgmma_wait<0>();
-      if (lane_id() == 0) mbarrier_arrive(&empty[stage]);
-    }
-    if (to - from == d.per_tile || merge<kTokens>(p, d, tile, ticket, acc))
-      store<kTokens, kEpilogue, false>(p, tile, scratch, acc);
-  }
-}
-
-template <int kTokens, bool kNorm, Epilogue kEpilogue>
-DEVICE void consume_fp8(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier* empty) {
-  using Shape = GemvShape<kTokens, true>;
-  static_assert(Shape::kConverts || !kNorm);
-  uint32_t* ticket = (uint32_t*)(shared + Shape::kTicket);
-  float* scale = (float*)(shared + Shape::kScale);
-  float* scratch = (float*)(shared + Shape::kSquares);
-  const Deal d = deal<true>(p);
-  const uint32_t begin = first_step(d, block_x()), end = first_step(d, block_x() + 1);
-  pdl_wait();
-  // Not before the wait: see consume().
-  pdl_launch_dependents();
   Neighbours<kTokens> neighbours;
-  if (Shape::kConverts) read_x<kTokens, kNorm>(p, begin % d.per_tile, neighbours);
+  if constexpr (Shape::kConverts) read_x<kTokens, kNorm>(p, begin % d.per_tile, neighbours);
   if (kNorm) row_scales<kTokens>(p, scale);
   uint32_t step = begin;
   while (step < end) {
     const uint32_t tile = step / d.per_tile, from = step;
     const uint32_t to = min_int(end, (tile + 1) * d.per_tile);
     float acc[kTokens / 2];
-    UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] = 0.f;
+    if constexpr (kFp8) {
+      UNROLL for (int i = 0; i < kTokens / 2; i++) acc[i] = 0.f;
+    }
     for (; step < to; step++) {
       const uint32_t i = step - begin, stage = i % Shape::kStages, in_tile = step - tile * d.per_tile;
-      uint8_t* w = shared + stage * Shape::kStageBytes;
-      // What was multiplied two steps ago may be written over: all have met since, in the quantise() of the last step.
-      uint8_t* x = Shape::kConverts ? shared + Shape::kTiles + i % 2 * Shape::kBytesTile : w + kBytesW;
-      const uint32_t scales = Shape::kConverts ? i % 2 : stage;
-      float* of_x = (float*)(shared + Shape::kTokenScales + scales * Shape::kBytesTokenScales);
-      if constexpr (Shape::kConverts) {
-        quantise<kTokens, kNorm>(p, neighbours, scale, in_tile, x, of_x);
-        if (step + 1 < end) read_x<kTokens, kNorm>(p, (step + 1) % d.per_tile, neighbours);
+      if constexpr (kFp8) {
+        // What was multiplied two steps ago may be written over: all have met since, in the quantise() of the last step.
+        uint8_t* x = shared + (Shape::kConverts ? Shape::kTiles + i % 2 * Shape::kBytesTile
+                                                : stage * Shape::kStageBytes + kBytesW);
+        const uint32_t scales = Shape::kConverts ? i % 2 : stage;
+        float* of_x = (float*)(shared + Shape::kTokenScales + scales * Shape::kBytesTokenScales);
+        if constexpr (Shape::kConverts) {
+          quantise<kTokens, kNorm>(p, neighbours, scale, in_tile, x, of_x);
+          if (step + 1 < end) read_x<kTokens, kNorm>(p, (step + 1) % d.per_tile, neighbours);
+        }
+        mbarrier_wait(&full[stage], i / Shape::kStages & 1);
+        multiply_step_fp8<kTokens>(p, shared, stage, in_tile, x, of_x, acc);
+      } else {
+        mbarrier_wait(&full[stage], i / Shape::kStages & 1);
+        multiply_step<kTokens, kNorm>(p, shared, stage, in_tile, scale, step == from, acc);
       }
-      mbarrier_wait(&full[stage], i / Shape::kStages & 1);
-      float sums[2][kTokens / 2];
-      multiply_e4m3<kTokens>(sums, w, x);
-      wgmma_wait<0>();
-      const float* of_w = (const float*)(shared + Shape::kBlocks + stage * Shape::kBytesBlocks);
-      add_scaled<kTokens>(acc, sums, p.scales.blocks ? of_w : nullptr, boxes_within(p, in_tile), of_x);
-      sync_warp();  // others read scales, too
       if (lane_id() == 0) mbarrier_arrive(&empty[stage]);
     }
     if (to - from == d.per_tile || merge<kTokens>(p, d, tile, ticket, acc))
-      store<kTokens, kEpilogue, true>(p, tile, scratch, acc);
+      store<kTokens, kEpilogue, kFp8>(p, tile, scratch, acc);
   }
 }
 
@@ -490,10 +484,7 @@ DEVICE void gemv(const GemvParams& p) {
   }
   sync_threads();
   if (thread_idx() < kWarpgroup) {
-    if constexpr (kFp8)
-      consume_fp8<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
-    else
-      consume<kTokens, kNorm, kEpilogue>(p, shared, full, empty);
+    consume<kTokens, kNorm, kEpilogue, kFp8>(p, shared, full, empty);
   } else if (thread_idx() == kWarpgroup) {
     produce<kTokens, kNorm, kFp8>(p, shared, full, empty);
   }
