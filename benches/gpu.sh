@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one run of ten minutes: the tests on the device, compute-sanitizer on small shapes, every
 # kernel and whole models beside torch, logits of a 7B beside transformers', and a profile of the main kernels. Needs no Rust: `make gpu-bundle` elsewhere, copy the
-# repository with target/gpu-bundle/, then
+# repository with target/gpu-bundle.tgz, then
 #     OUT=results benches/gpu.sh [PART...]
 # It always ends with $OUT/gpu.json and a short table (benches/report.py): a part that fails or hangs stops no other. A part that
 # has passed is not run again unless the binaries change or FORCE=1, so a run that was cut short is simply started again.
@@ -15,6 +15,7 @@ export TEST_DEVICE=${TEST_DEVICE:-cuda} OUT=${OUT:-target/gpu-results} PYTHON=${
 export bundle=${BUNDLE:-$PWD/target/gpu-bundle}
 export PATH=$PATH:/usr/local/cuda/bin
 mkdir -p "$OUT"
+[ ! "$bundle.tgz" -nt "$bundle/tests" ] || tar -C "$(dirname "$bundle")" -xzf "$bundle.tgz"
 [ -x "$bundle/tests" ] || {
     echo "no $bundle/tests: run \`make gpu-bundle\` where there is a Rust toolchain" >&2
     exit 2

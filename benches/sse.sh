@@ -40,7 +40,8 @@ seconds=$(awk '{ print ($14 + $15) / 100 }' "/proc/$server/stat")
 python3 - "$work/clients.json" "$result" "$seconds" "$work/memory" <<'PYTHON'
 import json, sys
 clients, out, seconds, memory = sys.argv[1:]
-result = json.load(open(clients))
+# What is of each request, or of each of its tokens, is in the percentiles.
+result = {key: value for key, value in json.load(open(clients)).items() if not isinstance(value, list)}
 result["server_processor_seconds"] = float(seconds)
 result["server_resident_mebibytes"] = [round(int(line) / 1024, 1) for line in open(memory)]
 json.dump(result, open(out, "w"), indent=1)
