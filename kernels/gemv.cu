@@ -141,6 +141,9 @@ DEVICE void produce(const GemvParams& p, uint8_t* shared, Barrier* full, Barrier
   }
 }
 
+// The i-th token of this warp.
+DEVICE int token_of(int i) { return i * kWarpgroupWarps + warp_id(); }
+
 // ---- the norm ----
 
 // scale[token] = 1 / sqrt(mean of squares + eps) of a row of x; 0 for padding rows.
@@ -148,7 +151,7 @@ template <int kTokens>
 DEVICE void row_scales(const GemvParams& p, float* scale) {
   const int parts = p.k / kTileRows;
   UNROLL for (int i = 0; i < kTokens / kWarpgroupWarps; i++) {
-    const int token = i * kWarpgroupWarps + warp_id();
+    const int token = token_of(i);
     float sum = 0.f;
     if (token < p.rows)
       for (int part = lane_id(); part < parts; part += kWarp) sum += p.squares[token * parts + part];
@@ -190,9 +193,6 @@ struct Neighbours {
   Bf16x8 x[kCount];
   Bf16x8 norm;
 };
-
-// The i-th token of this warp.
-DEVICE int token_of(int i) { return i * kWarpgroupWarps + warp_id(); }
 
 template <int kTokens, bool kNorm>
 DEVICE void read_x(const GemvParams& p, uint32_t step, Neighbours<kTokens>& n) {

@@ -1,5 +1,6 @@
 //! The binary as a user meets it: what it prints, and what it says to bad input.
 
+use crate::loading::safetensors;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -7,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 const MODEL: &str = "models/modulo";
 /// A first guess that is wrong, and right after one "Wait".
-const QUESTION: &str = "Find x with 7x + 4 = 1 (mod 11).";
+pub const QUESTION: &str = "Find x with 7x + 4 = 1 (mod 11).";
 
 /// Beside the tests when they run away from where they were built.
 pub fn binary() -> PathBuf {
@@ -102,7 +103,7 @@ fn edit_header(change: impl Fn(&str) -> String) -> impl Fn(&[u8]) -> Vec<u8> {
     move |bytes| {
         let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let header = change(std::str::from_utf8(&bytes[8..8 + length]).unwrap());
-        [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &bytes[8 + length..]].concat()
+        safetensors(&header, &bytes[8 + length..])
     }
 }
 

@@ -3,7 +3,7 @@
 //! other element types and in shards.
 
 use crate::devices::devices;
-use crate::loading::refused;
+use crate::loading::{refused, safetensors};
 use crate::model::{Runner, serving, worst};
 use crate::random::Random;
 use crate::reference::{e4m3_to_f64, round_e4m3};
@@ -84,9 +84,7 @@ impl Folder {
 
     /// A file of safetensors.
     fn write(&self, name: &str, header: Map<String, Value>, data: &[u8]) {
-        let header = Value::Object(header).to_string();
-        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat();
-        std::fs::write(self.0.join(name), bytes).unwrap();
+        std::fs::write(self.0.join(name), safetensors(&Value::Object(header).to_string(), data)).unwrap();
     }
 }
 

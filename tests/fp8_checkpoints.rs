@@ -1,7 +1,7 @@
 //! Checkpoints of fp8 weights: what config.json may say of them, matrices with their scales in every shape and spelling, and the
 //! tiny models of models/golden/fp8.py.
 
-use crate::loading::refused;
+use crate::loading::{refused, safetensors};
 use half::{bf16, f16};
 use ponder::checkpoint::{Checkpoint, Scales};
 use ponder::config::{Fp8Scales, ModelConfig};
@@ -164,8 +164,7 @@ impl Tensors {
 
     fn open(&self) -> Checkpoint {
         let header = Value::Object(self.header.clone()).to_string();
-        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &self.data].concat();
-        std::fs::write(self.folder.join("model.safetensors"), bytes).unwrap();
+        std::fs::write(self.folder.join("model.safetensors"), safetensors(&header, &self.data)).unwrap();
         Checkpoint::open(&self.folder).unwrap()
     }
 

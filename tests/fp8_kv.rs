@@ -3,6 +3,7 @@
 //! preempted and undisturbed sequences are the same.
 
 use crate::devices::{devices, download, upload};
+use crate::loading::safetensors;
 use crate::modulo::{self, FOLDER, answer_all, ids};
 use crate::random::Random;
 use half::{bf16, f16};
@@ -602,9 +603,8 @@ impl Folder {
             let name = format!("model.layers.{name}");
             header.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
         }
-        let header = Value::Object(header).to_string();
-        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-        std::fs::write(path.join("model.safetensors"), bytes).unwrap();
+        let file = safetensors(&Value::Object(header).to_string(), &data);
+        std::fs::write(path.join("model.safetensors"), file).unwrap();
         Folder(path)
     }
 

@@ -1,12 +1,14 @@
 //! Models by name: a hub on this machine that serves the tiny model, and the binary that is to fetch it from there.
 
-use crate::cli::binary;
+use crate::cli::{QUESTION, binary};
+use crate::modulo::FOLDER as MODEL;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path as UrlPath, State};
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use ponder::checkpoint::parse_file;
 use ponder::hub;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -15,10 +17,10 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-const MODEL: &str = "models/modulo";
-const QUESTION: &str = "Find x with 7x + 4 = 1 (mod 11).";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const WEIGHTS: &str = "model.safetensors";
+/// Of what a model has on the hub, what no answer needs.
+const UNWANTED: [&str; 4] = ["README.md", "pytorch_model.bin", "consolidated.safetensors", "original/config.json"];
 const TOKEN: &str = "hf_secret";
 
 #[derive(Default)]
@@ -59,9 +61,9 @@ impl Hub {
             WEIGHTS,
         ] {
             let bytes = std::fs::read(format!("{MODEL}/{name}")).unwrap();
-            served.files.lock().unwrap().entry(name.into()).or_insert(bytes);
+            served.files.lock().unwrap().insert(name.into(), bytes);
         }
-        for name in ["README.md", "pytorch_model.bin", "consolidated.safetensors", "original/config.json"] {
+        for name in UNWANTED {
             served.files.lock().unwrap().insert(name.into(), b"not wanted".into());
         }
         let served = Arc::new(served);
@@ -189,7 +191,7 @@ fn a_model_is_fetched_once_and_answers_without_the_hub() {
     assert_eq!(hub.answers(&["--download"]), here);
     let asked = hub.asked();
     assert!(asked.contains(&format!("storage/{WEIGHTS}")), "{asked:?}");
-    for unwanted in ["README.md", "pytorch_model.bin", "consolidated.safetensors", "original/config.json"] {
+    for unwanted in UNWANTED {
         assert!(!asked.iter().any(|name| name == unwanted), "{asked:?}");
     }
     assert_eq!(hub.answers(&[]), here);
@@ -212,10 +214,9 @@ fn a_model_is_fetched_once_and_answers_without_the_hub() {
 fn shards_are_those_that_the_index_names() {
     const INDEX: &str = "model.safetensors.index.json";
     let weights = std::fs::read(format!("{MODEL}/{WEIGHTS}")).unwrap();
-    let header = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
-    let tensors: serde_json::Map<String, Value> = serde_json::from_slice(&weights[8..8 + header]).unwrap();
+    let (_, tensors) = parse_file(&weights).unwrap();
     let hub_with_index = |shard: &str| {
-        let map = tensors.keys().filter(|name| *name != "__metadata__").map(|name| (name.clone(), json!(shard)));
+        let map = tensors.iter().map(|(name, _)| (name.clone(), json!(shard)));
         let hub = Hub::start(Served::default());
         hub.put("of-one.safetensors", &weights);
         hub.put(INDEX, json!({"weight_map": Value::Object(map.collect())}).to_string().as_bytes());

@@ -212,7 +212,8 @@ fn bad_configs_are_refused() {
 
 // ---- safetensors ----
 
-fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
+/// A file of this header and data.
+pub fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 

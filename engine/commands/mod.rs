@@ -42,14 +42,7 @@ pub fn run(mut args: Args) -> Result<()> {
 /// The model's folder, fetched from the hub before if flags say so, with a progress bar if somebody is watching.
 fn locate(args: &SourceArgs) -> Result<PathBuf> {
     let bar = bytes_bar("fetching");
-    let progress = {
-        let bar = bar.clone();
-        move |done, total| {
-            bar.set_length(total);
-            bar.set_position(done);
-        }
-    };
-    let folder = hub::resolve(&args.path, args.download, progress);
+    let folder = hub::resolve(&args.path, args.download, shown_by(&bar));
     bar.finish_and_clear();
     folder.map_err(|problem| Error::model(&args.path, problem))
 }
@@ -58,6 +51,15 @@ fn bytes_bar(what: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let style = format!("{what} {{bar:40}} {{bytes}} of {{total_bytes}}, {{bytes_per_sec}}");
     bar.with_style(ProgressStyle::with_template(&style).expect("a valid template"))
+}
+
+/// Bytes that have come, bytes in all.
+fn shown_by(bar: &ProgressBar) -> impl Fn(u64, u64) + Send + Sync + use<> {
+    let bar = bar.clone();
+    move |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    }
 }
 
 /// Everything but the weights: what is wrong with flags, model folder or device is said before they load.
@@ -96,10 +98,7 @@ fn load(
 /// Bytes loaded and bytes in all, shown while `load` runs.
 fn with_loading_bar<T>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<T>) -> Result<T> {
     let bar = bytes_bar("loading");
-    let loaded = load(&mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
+    let loaded = load(&mut shown_by(&bar));
     bar.finish_and_clear();
     loaded
 }

@@ -3,8 +3,8 @@
     python3 models/golden/real_size.py benches/models/qwen2.5-7b FOLDER [--dtype BF16]
 
 FOLDER gets config.json, safetensors files of at most 4 GiB (in bf16; F16 and F32 are for the loader's sake), their index, and a
-tokenizer whose words are the numbers of the tokens. Deviations are those of golden.py, made independent of the model's width: activations stay near 1, so that the logits say
-whether a kernel is right at this size (agreement.py).
+tokenizer whose words are the numbers of the tokens. Deviations are those of golden.py, made independent of the model's width:
+activations stay near 1, so that the logits say whether a kernel is right at this size (agreement.py).
 
 Needs numpy; not needed to build or test.
 """
